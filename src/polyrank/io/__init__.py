@@ -1,0 +1,1 @@
+"""Run folders on disk and, beside them, what PEFT reads and writes."""

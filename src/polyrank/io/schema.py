@@ -1,0 +1,181 @@
+"""What run.json and results.json must hold; all faults of a file are reported together."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+SCHEMA = 1
+STATUSES = ("running", "done", "failed")
+ROLES = ("method", "reference")
+VIEWS = ("unrestricted", "restricted")
+# The part of run.json that says which run it is; the rest says where and when it ran.
+IDENTITY: dict[str, type] = {
+    "method": dict,
+    "stream": dict,
+    "model": dict,
+    "seed": int,
+    "train": dict,
+}
+COLLECTED: dict[str, type | tuple[type, ...]] = {
+    "schema": int,
+    "versions": dict,
+    "commit": (str, type(None)),
+    "hardware": dict,
+    "command": list,
+    "started": str,
+    "seconds": (int, float, type(None)),
+    "status": str,
+}
+_TASK: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "labels": (list, type(None)),
+    "n_train": int,
+    "n_test": int,
+}
+_SYSTEM: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "label": str,
+    "role": str,
+    "restricted": list,
+    "unrestricted": list,
+    "counts": list,
+    "metrics": dict,
+    "seconds": (int, float, type(None)),
+    "trainable": (int, type(None)),
+    "adapter": (str, type(None)),
+    "routing": (dict, type(None)),
+}
+
+
+def run_problems(data: Any) -> list[str]:
+    """Every fault of the content of run.json, as sentences with what was expected."""
+    if not isinstance(data, Mapping):
+        return [f"run.json: got {type(data).__name__}, expected an object"]
+    found = [*_version(data, "run.json"), *_keys(data, {**IDENTITY, **COLLECTED}, "run.json")]
+    if isinstance(data.get("status"), str) and data["status"] not in STATUSES:
+        found.append(f"run.json: status: got {data['status']!r}, expected one of {STATUSES}")
+    for key in ("method", "stream"):
+        part = data.get(key)
+        if isinstance(part, Mapping) and not isinstance(part.get("name"), str):
+            found.append(f"run.json: {key}.name: got {part.get('name')!r}, expected text")
+    return found
+
+
+def results_problems(data: Any) -> list[str]:
+    """Every fault of the content of results.json (null or NaN: not measured)."""
+    if not isinstance(data, Mapping):
+        return [f"results.json: got {type(data).__name__}, expected an object"]
+    found = [
+        *_version(data, "results.json"),
+        *_keys(data, {"tasks": list, "systems": list}, "results.json"),
+    ]
+    if found:
+        return found
+    if not data["tasks"]:
+        found.append("results.json: tasks: got none, expected at least one")
+    for j, task in enumerate(data["tasks"]):
+        found += _keys(task, _TASK, f"results.json: tasks[{j}]")
+    names = []
+    for i, system in enumerate(data["systems"]):
+        where = f"results.json: systems[{i}]"
+        missing = _keys(system, _SYSTEM, where)
+        found += missing
+        if not missing:
+            names.append(system["name"])
+            found += _system(system, len(data["tasks"]), where)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    found += [f"results.json: systems: got {name!r} twice, expected unique names" for name in twice]
+    return found
+
+
+def map_scores(data: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """A copy of results.json's content with `change` applied to every score that may be missing."""
+    systems = []
+    for system in data["systems"]:
+        new = dict(system)
+        for view in VIEWS:
+            new[view] = _deep(system[view], change)
+        new["metrics"] = _deep(system["metrics"], change)
+        if system["routing"] is not None:
+            routing = system["routing"]
+            scores = {key: _deep(routing[key], change) for key in ("load", "entropy")}
+            new["routing"] = {**routing, **scores}
+        systems.append(new)
+    return {**data, "systems": systems}
+
+
+def _system(system: Mapping[str, Any], size: int, where: str) -> Iterator[str]:
+    if system["role"] not in ROLES:
+        yield f"{where}.role: got {system['role']!r}, expected one of {ROLES}"
+    for view in VIEWS:
+        rows = system[view]
+        if len(rows) != size or any(not isinstance(r, list) or len(r) != size for r in rows):
+            yield f"{where}.{view}: expected a matrix of {size} x {size}, one row and column a task"
+        elif bad := [x for row in rows for x in row if not _score(x)]:
+            yield f"{where}.{view}: got {bad[0]!r}, expected a fraction 0..1, or null"
+    counts = system["counts"]
+    if len(counts) != size or any(type(n) is not int or n < 1 for n in counts):
+        yield f"{where}.counts: got {counts!r}, expected {size} whole numbers above 0"
+    for view in VIEWS:
+        values = system["metrics"].get(view)
+        if not isinstance(values, Mapping) or any(not _number(x) for x in values.values()):
+            yield f"{where}.metrics.{view}: got {values!r:.80}, expected names with numbers or null"
+    if system["routing"] is not None:
+        yield from _routing(system["routing"], f"{where}.routing")
+
+
+def _routing(routing: Mapping[str, Any], where: str) -> Iterator[str]:
+    wrong = _keys(routing, dict.fromkeys(("layers", "tasks", "load", "entropy"), list), where)
+    yield from wrong
+    if wrong:
+        return
+    tasks, layers = len(routing["tasks"]), len(routing["layers"])
+    for key in ("load", "entropy"):
+        rows = routing[key]
+        if len(rows) != tasks or any(not isinstance(r, list) or len(r) != layers for r in rows):
+            yield f"{where}.{key}: expected {tasks} tasks with {layers} layers each"
+            continue
+        cells = [x for row in rows for x in row]
+        if key == "load":
+            if any(not isinstance(x, list) or not x for x in cells):
+                yield f"{where}.load: expected a list of one number per rank for every layer"
+                continue
+            cells = [x for layer in cells for x in layer]
+        if any(not _number(x) or (x is not None and x < 0) for x in cells):
+            yield f"{where}.{key}: expected numbers of at least 0, or null"
+
+
+def _keys(data: Any, expected: Mapping[str, type | tuple[type, ...]], where: str) -> list[str]:
+    if not isinstance(data, Mapping):
+        return [f"{where}: got {type(data).__name__}, expected an object"]
+    found = [f"{where}: {key!r} is missing" for key in expected if key not in data]
+    for key, kind in expected.items():
+        if key in data and (not isinstance(data[key], kind) or isinstance(data[key], bool)):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            words = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            found.append(f"{where}: {key}: got {type(data[key]).__name__}, expected {words}")
+    return found
+
+
+def _version(data: Mapping[str, Any], where: str) -> list[str]:
+    if data.get("schema") == SCHEMA:
+        return []
+    return [f"{where}: schema: got {data.get('schema')!r}, expected {SCHEMA}"]
+
+
+def _number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _score(value: Any) -> bool:
+    if not _number(value):
+        return False
+    return value is None or math.isnan(value) or 0 <= value <= 1
+
+
+def _deep(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _deep(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_deep(item, change) for item in value]
+    return change(value)
