@@ -1,0 +1,102 @@
+"""The core φ of `y = W x + b + s · B φ(A x ; x)`: the only part of an adapted layer that varies."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from polyrank.errors import MergeError
+from polyrank.frame.flow import Flow
+
+
+class Core(nn.Module):
+    """Turns h = A x into q, the input of B. It never sees x itself, only the products it asked for.
+
+    A subclass sets `widths`, implements `forward` and, if its map is linear and the same for every token, `delta`.
+
+    Attributes:
+        widths: (rows of A, columns of B).
+        axes: for each parameter name the meaning of its axes, out of "rank" (one entry per live rank), "in",
+            "expert", None; pruning, growing and permuting read it and need no method of their own.
+        merges: "exact", "per-condition" (delta needs one) or "never".
+        epilogue: which fused form serves the core: "none", "static", "linear", "self"; "python" if none does.
+        frozen: names of parameters that are saved but never trained.
+        gates: names of trained parameters that are never decayed, whatever the optimiser's weight decay.
+        counting: True if the core wants `count` to be called in training.
+    """
+
+    widths: tuple[int, int]
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {}
+    merges: str = "exact"
+    epilogue: str = "python"
+    frozen: frozenset[str] = frozenset()
+    gates: frozenset[str] = frozenset()
+    counting: bool = False
+
+    def count(self, counts: Tensor) -> None:
+        """Take the number of tokens that chose each rank; only called if `counting` and the forward is live."""
+
+    def banked(self, ranks: int) -> None:
+        """Learn that `ranks` frozen ranks now stand before the live ones."""
+
+    def rows(self) -> Tensor | None:
+        """Return extra rows (e, d_in) to be read in the same pass over x as A, or None."""
+        return None
+
+    def fused(self) -> Any:
+        """Return the operator's epilogue for this core; only called if `epilogue` is not "python"."""
+        raise TypeError(f"{type(self).__name__} has epilogue {self.epilogue!r} and no fused form")
+
+    def forward(self, h: Tensor, z: Tensor | None, flow: Flow) -> Tensor:
+        """Map h (*, widths[0]) and z = x rowsᵀ (*, e) in fp32 to q (*, widths[1]) in the dtype of h.
+
+        Side effects are limited to counts taken without gradients while `flow.live(self.training)`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define forward(h, z, flow)")
+
+    def delta(self, condition: Tensor | None = None) -> Tensor:
+        """Return the matrix (widths[1], widths[0]) in fp32 that forward applies to every token.
+
+        Raises:
+            MergeError: if the map depends on the token.
+        """
+        raise MergeError(
+            f"merge: the core {type(self).__name__} weighs ranks for each token, so no single matrix equals it; "
+            "keep the adapter unmerged, or ask for an approximation with "
+            "polyrank.merge(model, approximate=batches)"
+        )
+
+    def base_gain(self) -> Tensor | None:
+        """Return α₀ (0-d) that multiplies the base output without its bias, or None for 1."""
+        return None
+
+    def fill(self, rng: torch.Generator) -> None:
+        """Draw the starting values of the core's own parameters; called under no_grad, parameters not on meta."""
+
+    def trained(self) -> list[nn.Parameter]:
+        """Return the parameters that may train, by identity."""
+        return [p for name, p in self.named_parameters() if name not in self.frozen]
+
+
+class _Inject(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, loss: Tensor, factor: Tensor | float) -> Tensor:  # type: ignore[override]
+        ctx.factor = factor
+        ctx.save_for_backward(loss)
+        return q.view_as(q)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        (loss,) = ctx.saved_tensors
+        return grad, torch.ones_like(loss) * ctx.factor, None
+
+
+def inject(q: Tensor, loss: Tensor, flow: Flow) -> Tensor:
+    """Return q unchanged and add flow.aux · ∂loss to the gradients when q is differentiated.
+
+    The loss belongs to the layer that computes it: nothing is collected, so a recomputed segment cannot count it
+    twice and a forward that is thrown away leaves nothing behind.
+    """
+    return _Inject.apply(q, loss, flow.aux)

@@ -1,0 +1,105 @@
+"""What one forward pass carries beside its activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass
+class Flow:
+    """One per model, held by reference by every adapted layer.
+
+    It is filled before the base model runs and stays filled until the next forward with gradients, because a
+    checkpointed segment is recomputed in backward and must see what its forward saw. A forward without gradients
+    (evaluation, a teacher) puts back what it found.
+
+    Attributes:
+        mask: (batch, seq) bool, the real tokens of the encoder or decoder-only input; None if all are real.
+        decoder_mask: (batch, seq) bool, the real tokens of the decoder input of an encoder-decoder model.
+        condition: (batch, c), what a conditioned core reads: task ids, user vectors, domain weights.
+        ambient: the condition of forwards that bring none of their own.
+        lane: (batch,) int64, index into `lanes` of each sample's adapter; -1 is the base model.
+        lanes: adapter names that `lane` refers to.
+        view: ``""`` live, ``"base"`` without adapters, else the name of a replica; never touches requires_grad.
+        aux: factor of losses injected in backward: 1/accumulation steps times the loss scale.
+        draw: number of the training forward, part of the key of every dropout mask.
+        plain: True if neither view, lane nor condition is set: layers then take the fused path.
+        attached: adapters whose rules run at every update.
+        watchers: called before every forward of the model with the model's training flag.
+    """
+
+    mask: Tensor | None = None
+    decoder_mask: Tensor | None = None
+    condition: Tensor | None = None
+    ambient: Tensor | None = None
+    lane: Tensor | None = None
+    lanes: tuple[str, ...] = ()
+    view: str = ""
+    aux: float | Tensor = 1.0
+    draw: int = 0
+    plain: bool = True
+    attached: set[str] = field(default_factory=set)
+    watchers: list[Callable[[bool], None]] = field(default_factory=list)
+
+    def live(self, training: bool) -> bool:
+        """Say whether this is a training forward that happens for the first time.
+
+        A recompute of a checkpointed segment runs inside backward, where autograd has a graph task; the grad mode
+        cannot tell, because a reentrant checkpoint runs its first pass without gradients.
+        """
+        if not training or self.view:
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        return torch._C._current_graph_task_id() == -1
+
+    def tokens(self, masks: str, shape: torch.Size) -> Tensor | None:
+        """Return the mask that belongs to activations of leading shape `shape`, or None if all tokens are real."""
+        mask = {"mask": self.mask, "decoder": self.decoder_mask}.get(masks)
+        return mask if mask is not None and mask.shape == shape else None
+
+    @contextmanager
+    def put(self, **values: object) -> Iterator[Flow]:
+        """Set fields for the duration of a block and put the old values back."""
+        before = {name: getattr(self, name) for name in values}
+        self._set(values)
+        try:
+            yield self
+        finally:
+            self._set(before)
+
+    def _set(self, values: dict[str, object]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.plain = not self.view and self.lane is None and self.condition is None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Flow:
+        """Copy what a forward left, not who watches: a copy of a model in training is not in training."""
+        return replace(self, watchers=[], attached=set())
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "watchers": [], "attached": set()}
+
+    def at(self, mask: Tensor | None) -> Flow:
+        """Return the flow as one layer sees it: `mask` is the one that belongs to its tokens."""
+        return replace(self, mask=mask, decoder_mask=None)
+
+    def rows(self, index: Tensor) -> Flow:
+        """Return the flow of some samples of the batch, for the layers of a mixed batch."""
+
+        def pick(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[index]
+
+        masks = (pick(self.mask), pick(self.decoder_mask))
+        part = Flow(*masks, pick(self.condition), view=self.view, aux=self.aux, draw=self.draw)
+        part.plain = part.condition is None and not part.view
+        return part

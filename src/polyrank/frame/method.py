@@ -1,0 +1,231 @@
+"""A method: options, declared facts, and the makers of its slots."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from polyrank.errors import ConfigError
+from polyrank.frame.core import Core
+from polyrank.frame.plain import Identity, KaimingZero
+from polyrank.frame.site import Site
+from polyrank.frame.slots import (
+    Adapter,
+    Block,
+    Boundary,
+    Group,
+    Head,
+    Init,
+    Loss,
+    Penalty,
+    PenaltyRule,
+    Rule,
+    conflicts,
+)
+
+SCALINGS = ("alpha/r", "alpha/sqrt(r)", "alpha/k", "alpha")
+
+
+class _Slots:
+    """What methods and strategies share: facts, checks, and slots that default to nothing.
+
+    Class facts:
+        name: registered name, set by `register`.
+        trains: roles whose parameters train.
+        merges: "exact", "per-condition" or "never".
+        neutral: the model at start equals the base bit for bit.
+        needs: what the stream must give: "task_id", "condition", "class_names", "boundary", "replay" …
+    """
+
+    name: ClassVar[str] = ""
+    kind: ClassVar[str] = ""
+    trains: frozenset[str] = frozenset({"A", "B", "core", "side", "head"})
+    merges: str = "exact"
+    neutral: bool = True
+    needs: frozenset[str] = frozenset()
+
+    def problems(self) -> Iterator[str]:
+        """Yield one sentence per wrong option: what, got, expected, what to do."""
+        yield from ()
+
+    def checks(self) -> list[str]:
+        """Return all problems, the method's own and those of every option's type."""
+        return [*self._types(), *self.problems()]
+
+    def _types(self) -> Iterator[str]:
+        for spec in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, spec.name)
+            default = spec.default
+            numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
+            if numeric and "str" not in str(spec.type) and value is not None:
+                whole = isinstance(default, int) and "float" not in str(spec.type)
+                good = isinstance(value, numbers.Integral if whole else numbers.Real)
+                if not good or isinstance(value, bool) or not math.isfinite(value):
+                    yield f"{spec.name}: got {value!r}, expected {'an integer' if whole else 'a finite number'}"
+            elif isinstance(default, bool) and not isinstance(value, bool):
+                yield f"{spec.name}: got {value!r}, expected true or false"
+
+    def options(self) -> dict[str, Any]:
+        """Return all options as plain values, ready for JSON."""
+        return {spec.name: _plain(getattr(self, spec.name)) for spec in fields(self)}  # type: ignore[arg-type]
+
+    def rules(self) -> list[Rule]:
+        """Return fresh rules; each is bound to one phase."""
+        return []
+
+    def losses(self) -> list[Loss]:
+        """Return the terms added to the task loss."""
+        return []
+
+    def penalties(self) -> list[Penalty]:
+        """Return the parameter-only terms."""
+        return []
+
+    def steered(self) -> bool:
+        """Say whether training needs more than an optimiser over the trainable weights."""
+        return bool(self.rules() or self.losses() or self.penalties())
+
+    def all_rules(self) -> list[Rule]:
+        """Return rules and wrapped penalties in the order in which they run.
+
+        Raises:
+            ConfigError: if two of them cannot work together.
+        """
+        rules = [*self.rules(), *(PenaltyRule(p) for p in self.penalties())]
+        if found := conflicts(rules):
+            raise ConfigError(found)
+        return sorted(rules, key=lambda rule: (rule.order, rule.name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(_Slots):
+    """Owns the structure of an adapter. What a subclass leaves out is plain LoRA.
+
+    Args:
+        r: number of live ranks per layer, >= 1.
+        alpha: numerator of the scaling s, > 0.
+        scaling: "alpha/r", "alpha/sqrt(r)", "alpha/k", "alpha", or the number s itself.
+        dropout: probability in [0, 1) of zeroing an input entry of A (and of the router) in training.
+    """
+
+    kind: ClassVar[str] = "method"
+
+    r: int = 8
+    alpha: float = 16.0
+    scaling: str | float = "alpha/r"
+    dropout: float = 0.0
+
+    def checks(self) -> list[str]:
+        """Return all problems, those of the shared options included."""
+        return [*self._types(), *self._shared(), *self.problems()]
+
+    def _shared(self) -> Iterator[str]:
+        if isinstance(self.r, int) and self.r < 1:
+            yield f"r: got {self.r}, expected at least 1 rank; leave modules out of target_modules to skip them"
+        if isinstance(self.alpha, numbers.Real) and not self.alpha > 0:
+            yield f"alpha: got {self.alpha}, expected > 0; it is the numerator of the scaling, 16 is common"
+        if isinstance(self.dropout, numbers.Real) and not 0 <= self.dropout < 1:
+            yield f"dropout: got {self.dropout}, expected 0 <= dropout < 1; use 0 to switch it off"
+        if isinstance(self.scaling, str):
+            if self.scaling not in SCALINGS:
+                yield f"scaling: got {self.scaling!r}, expected one of {', '.join(SCALINGS)} or a number"
+            elif self.scaling == "alpha/k" and not hasattr(self, "k"):
+                yield "scaling: got 'alpha/k', but this method has no k (active ranks); use 'alpha/r'"
+        elif not isinstance(self.scaling, numbers.Real) or isinstance(self.scaling, bool):
+            yield f"scaling: got {self.scaling!r}, expected one of {', '.join(SCALINGS)} or a number"
+
+    def scale(self, site: Site) -> float:
+        """Return s for one site; the convention is an option and is saved with the adapter."""
+        if not isinstance(self.scaling, str):
+            return float(self.scaling)
+        divisor = {
+            "alpha/r": site.r,
+            "alpha/sqrt(r)": math.sqrt(site.r),
+            "alpha/k": getattr(self, "k", 1),
+            "alpha": 1,
+        }[self.scaling]
+        return site.alpha / divisor
+
+    def core(self, site: Site) -> Core:
+        """Return a new core for one layer; φ = identity if the method leaves it out."""
+        return Identity(site.r)
+
+    def init(self) -> Init:
+        """Return the starting values; A Kaiming uniform and B zero if the method leaves it out."""
+        return KaimingZero()
+
+    def sub_block(self, site: Site) -> Block | None:
+        """Return a wrapper for a sub-block of the transformer block at `site`, or None."""
+        return None
+
+    def head(self, names: list[str], d: int) -> Head | None:
+        """Return the classifier for `names` over d features, or None for the plain linear one."""
+        return None
+
+    def boundary(self) -> Boundary:
+        """Return the state machine of a task."""
+        return Boundary()
+
+    def groups(self, adapter: Adapter, args: Any = None) -> list[Group]:
+        """Return the optimiser's groups; gates never decay."""
+        gates = {
+            id(p)
+            for layer in adapter.layers
+            for n, p in layer.core.named_parameters()
+            if n in layer.core.gates
+        }
+        params = [p for group in adapter.roles().values() for p in group if p.requires_grad]
+        plain = [p for p in params if id(p) not in gates]
+        bare = [p for p in params if id(p) in gates]
+        found = [Group(params=plain), Group(params=bare, weight_decay=0.0)]
+        return [group for group in found if group.params]
+
+    def condition(
+        self, batch: dict[str, Any], base_forward: Callable[..., Any] | None = None
+    ) -> Tensor | None:
+        """Return what `Flow.condition` shall hold for a batch; the batch's own "condition" by default."""
+        given: Tensor | None = batch.get("condition")
+        return given
+
+    def parameters_per_site(self, site: Site) -> int:
+        """Return how many weights train at one site, r (d_in + d_out) for plain LoRA: tests hold tensors to it."""
+        return site.r * (site.d_in + site.d_out)
+
+    def vital_sign(self, adapter: Adapter) -> dict[str, float]:
+        """Return figures that are constant only if the method does nothing."""
+        norms = [torch.linalg.vector_norm(layer.B.detach().float()) for layer in adapter.layers]
+        return {"b_norm": float(torch.stack(norms).mean()) if norms else 0.0}
+
+    @classmethod
+    def samples(cls) -> list[Method]:
+        """Return small instances that the contract suite runs."""
+        return [cls()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy(_Slots):
+    """Adds losses, penalties, rules or replay to any method; owns no structure."""
+
+    kind: ClassVar[str] = "strategy"
+
+    @classmethod
+    def samples(cls) -> list[Strategy]:
+        """Return small instances that the contract suite runs."""
+        return [cls()]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def check_all(entries: Iterable[_Slots]) -> list[str]:
+    """Return the problems of several entries, each with its name in front."""
+    return [f"{entry.name}: {problem}" for entry in entries for problem in entry.checks()]

@@ -1,0 +1,46 @@
+"""What a method is that fills no slot: plain LoRA."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from polyrank.frame.core import Core
+from polyrank.frame.flow import Flow
+from polyrank.frame.slots import Init, Layer
+from polyrank.ops.rank_gate import Epilogue
+
+
+class Identity(Core):
+    """φ(h) = h; the same for every token, so it merges exactly."""
+
+    epilogue = "none"
+
+    def __init__(self, r: int) -> None:
+        super().__init__()
+        self.widths = (r, r)
+
+    def fused(self) -> Epilogue:
+        """Return the operator's form."""
+        return Epilogue(kind="none")
+
+    def forward(self, h: Tensor, z: Tensor | None, flow: Flow) -> Tensor:
+        """Return h."""
+        return h
+
+    def delta(self, condition: Tensor | None = None) -> Tensor:
+        """Return the identity matrix."""
+        return torch.eye(self.widths[0])
+
+
+class KaimingZero(Init):
+    """A ~ U(±1/√d_in) (Kaiming uniform with a = √5), B = 0: the adapted model starts as the base."""
+
+    def fill(self, layer: Layer, stat: dict[str, Tensor] | None, rng: torch.Generator) -> None:
+        """Write A and B; the core draws its own parameters."""
+        bound = 1 / math.sqrt(layer.A.shape[1])
+        layer.A.copy_(torch.empty(layer.A.shape).uniform_(-bound, bound, generator=rng))
+        layer.B.zero_()
+        layer.core.fill(rng)

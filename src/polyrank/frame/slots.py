@@ -1,0 +1,388 @@
+"""The slots a method fills, each with the moment at which it is called.
+
+Rules and penalties see one adapter over the whole model (`Adapter`) and never the model or its names; boundaries see
+a `Workshop`, the services of the engine. What a slot may assume is written at its methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from polyrank.frame.core import Core
+from polyrank.frame.flow import Flow
+from polyrank.frame.site import Site
+
+# The moments of an update at which rules run, from first to last.
+ORDER = {"penalty": 10, "constrain": 20, "project": 30, "prox": 60, "balance": 70, "average": 90}
+
+
+@runtime_checkable
+class Layer(Protocol):
+    """One adapted linear layer as one adapter sees it.
+
+    A is (widths[0], d_in), B is (d_out, widths[1]), both live and usually fp32; `bank` are frozen ranks read before
+    the live ones, `shadow` is (A0, B0, δ0), subtracted, `row_scale` (d_out,) acts in backward on A and B only.
+    """
+
+    site: Site
+    A: nn.Parameter
+    B: nn.Parameter
+    core: Core
+    scale: float
+    bank: tuple[Tensor, Tensor] | None
+    shadow: tuple[Tensor, Tensor, Tensor | None] | None
+    row_scale: Tensor | None
+
+    def weight(self) -> Tensor:
+        """Return the base weight as dense fp32 (d_out, d_in); raises if the base is quantised."""
+
+
+class Block(nn.Module):
+    """Replaces the output of the module at `add`, having read the input of the module at `tap`.
+
+    Both are module paths relative to the transformer block. Trained parameters have role "side" unless `roles` names
+    another.
+    """
+
+    tap: str
+    add: str
+    frozen: frozenset[str] = frozenset()
+    roles: ClassVar[dict[str, str]] = {}
+
+    def forward(self, base: Callable[..., Tensor], x: Tensor, tapped: Tensor, flow: Flow) -> Tensor:
+        """Return what stands in place of `base(x)`; `base` runs the original module with all its arguments."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define forward(base, x, tapped, flow)"
+        )
+
+
+class Head(nn.Module):
+    """A classifier that grows; saved with the adapter, since PEFT's modules_to_save cannot change shape."""
+
+    names: list[str]
+
+    def grow(self, names: Sequence[str], rng: torch.Generator) -> None:
+        """Append classes; the rows of the old ones stay bit-identical."""
+        raise NotImplementedError(f"{type(self).__name__} must define grow(names, rng)")
+
+    def forward(
+        self, embedding: Tensor, encode: Callable[[Sequence[str]], Tensor] | None = None
+    ) -> Tensor:
+        """Return logits (batch, seen classes) in fp32; `encode` is the model's own text tower if it has one."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(embedding, encode)")
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """One adapter over the whole model: what rules, penalties and boundaries work on."""
+
+    layers: list[Layer]
+    blocks: list[Block]
+    head: Head | None
+
+    def roles(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters by role ("A", "B", "core", "side", "head" …), by identity."""
+
+    def groups(self, by: str) -> list[list[nn.Parameter]]:
+        """Return the trained parameters of the layers grouped by "block", "layer" or "matrix"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Where an optimiser update stands: `index` of `total`, counted from 0; `peak` is the highest rate so far."""
+
+    index: int
+    total: int
+    lr: float
+    peak: float
+    task: int = 0
+    phase: str = "train"
+    seed: int = 0
+
+
+class Init:
+    """Writes the starting values, before an optimiser exists and again after a redraw."""
+
+    wants: frozenset[str] = frozenset()
+    reduction: str = "mean"
+    neutral: bool = True
+
+    def gather(
+        self, site: Site, stat: dict[str, Tensor], seen: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Fold one batch of what `wants` named into fp32 sums (so that they can be all-reduced)."""
+        return stat
+
+    def fill(self, layer: Layer, stat: dict[str, Tensor] | None, rng: torch.Generator) -> None:
+        """Write A, B, core and shadow of one layer under no_grad; `rng` is keyed by (seed, adapter, path)."""
+        raise NotImplementedError(f"{type(self).__name__} must define fill(layer, stat, rng)")
+
+
+class Rule:
+    """Something that happens at fixed moments of every optimiser update.
+
+    Rules run sorted by (order, name). A rule that `expects` what an earlier one `touches` is refused before loading.
+    """
+
+    order: int = ORDER["project"]
+    touches: frozenset[str] = frozenset()
+    expects: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """Return the name under which state is saved and ties are broken."""
+        return type(self).__name__.lower()
+
+    def bind(
+        self, adapter: Adapter, optimizer: torch.optim.Optimizer, workshop: Workshop | None
+    ) -> None:
+        """Meet the adapter and the optimiser, once per phase."""
+
+    def begin(self, step: Step) -> None:
+        """Run before the first micro-batch of an update."""
+
+    def grads(self, step: Step) -> None:
+        """Run on gradients that are complete, reduced, unscaled and not yet clipped."""
+
+    def after(self, step: Step) -> None:
+        """Run after the optimiser really stepped; a step skipped by a loss scaler does not count."""
+
+    def state(self) -> dict[str, Tensor | float | int | str]:
+        """Return what a resumed run needs, keyed by site path where it belongs to a layer."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor | float | int | str]) -> None:
+        """Take back what `state` gave."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters that share an update rule; `lr` multiplies the base rate, None leaves weight decay to the run."""
+
+    params: list[nn.Parameter]
+    update: str = "adamw"
+    lr: float = 1.0
+    weight_decay: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Out:
+    """What a forward left for losses; only what was asked for is kept."""
+
+    logits: Tensor | None = None
+    hidden: list[Tensor] = field(default_factory=list)
+    embedding: Tensor | None = None
+    sides: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    teacher: Out | None = None
+
+
+class Loss:
+    """A term that needs a batch; evaluated inside the one student forward of a micro-batch.
+
+    `per` names what is counted ("label", "token", "sample"): the term returns the sum and the engine divides by the
+    count over the whole update and all processes. A `batchwise` term is not linear in the batch: its mean per
+    micro-batch is averaged and no invariance under accumulation is claimed.
+    """
+
+    needs: frozenset[str] = frozenset()
+    weight: float = 1.0
+    role: str | None = None
+    per: str = "sample"
+    batchwise: bool = False
+
+    def __call__(self, out: Out, batch: dict[str, Tensor]) -> Tensor:
+        """Return a 0-d fp32 tensor."""
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(out, batch)")
+
+
+class Penalty:
+    """A term that sees parameters only; its gradient is added once per update, never per micro-batch."""
+
+    weight: float = 1.0
+
+    def __call__(self, adapter: Adapter, step: Step) -> Tensor:
+        """Return a 0-d tensor differentiable in the adapter's parameters."""
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(adapter, step)")
+
+
+class PenaltyRule(Rule):
+    """Runs a penalty as a rule: autograd on the adapter's tensors once per update, added to complete gradients."""
+
+    order = ORDER["penalty"]
+    touches = frozenset({"grad"})
+
+    def __init__(self, penalty: Penalty) -> None:
+        self.penalty = penalty
+        self.value = 0.0
+
+    @property
+    def name(self) -> str:
+        """Return the penalty's own name."""
+        return type(self.penalty).__name__.lower()
+
+    def bind(
+        self, adapter: Adapter, optimizer: torch.optim.Optimizer, workshop: Workshop | None
+    ) -> None:
+        """Remember the adapter."""
+        self.adapter = adapter
+
+    def grads(self, step: Step) -> None:
+        """Add ∂(weight · penalty)/∂p to p.grad for every trained parameter the penalty touches."""
+        params = [p for group in self.adapter.roles().values() for p in group if p.requires_grad]
+        with torch.enable_grad():
+            loss = self.penalty(self.adapter, step) * self.penalty.weight
+        found = torch.autograd.grad(loss, params, allow_unused=True)
+        for param, grad in zip(params, found, strict=True):
+            if grad is not None:
+                param.grad = grad if param.grad is None else param.grad.add_(grad)
+        self.value = float(loss.detach())
+
+
+@dataclass(kw_only=True)
+class Phase:
+    """One Trainer run inside a task: `steps` updates of the roles in `train` (0 steps: the run's own schedule).
+
+    `span` = (first, total) places the phase in a learning-rate schedule shared by several phases; `carry` maps the
+    old optimiser state to the new one; `keep` is "last" or "best" (the best snapshot is put back at the end).
+    """
+
+    name: str = "train"
+    steps: int = 0
+    train: frozenset[str] | None = None
+    losses: tuple[str, ...] | None = None
+    groups: list[Group] | None = None
+    span: tuple[int, int] | None = None
+    carry: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    check_every: int = 0
+    keep: str = "last"
+
+
+@dataclass(kw_only=True)
+class Job:
+    """Resumable work outside the Trainer: called until it returns True; all it knows is in the saved state."""
+
+    name: str
+    step: Callable[[Workshop, dict[str, Any]], bool]
+
+
+class Boundary:
+    """The state machine of a task, and the only place where shapes or base weights may change.
+
+    No optimiser exists while it runs. `persistent` says that factors keep their meaning from task to task.
+    """
+
+    persistent: bool = True
+
+    def start(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> None:
+        """Prepare a task: append ranks, split, collect prototypes."""
+
+    def next(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> Phase | Job | None:
+        """Return the next piece of work as a function of `state` alone, so that a killed run finds its way back."""
+        if state.get("trained"):
+            return None
+        state["trained"] = True
+        return Phase()
+
+    def check(self, metrics: dict[str, float], state: dict[str, Any]) -> str:
+        """Answer "go" or "stop" to figures measured inside a phase."""
+        return "go"
+
+    def finish(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> None:
+        """Close a task: statistics while the factors still live, then structure."""
+
+    def deploys(self, workshop: Workshop) -> dict[str, AbstractContextManager[Any]]:
+        """Return what is to be evaluated, each entered around its evaluation."""
+        return {"": nullcontext()}
+
+
+@runtime_checkable
+class Workshop(Protocol):
+    """The engine's services to a boundary."""
+
+    adapter: Adapter
+
+    def data(
+        self, role: str, split: str = "train", *, seed: int | None = None
+    ) -> Iterable[dict[str, Any]]:
+        """Return batches of the current task; with a seed, shuffled by it."""
+
+    def observe(
+        self,
+        batches: Iterable[dict[str, Any]],
+        at: str,
+        wants: frozenset[str],
+        fn: Callable[..., None],
+    ) -> dict[str, Any]:
+        """Run batches and show `fn` what passes "linear", "block" or "head" places."""
+
+    def grads(self, batch: dict[str, Any], params: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Return gradients of the task loss of one extra backward, reduced over processes."""
+
+    def absorb(self) -> None:
+        """Add the adapter's update to the base weights and redraw it."""
+
+    def append(self, name: str, r: int) -> None:
+        """Freeze the live ranks into the bank and give r new ones."""
+
+    def redraw(self) -> None:
+        """Write fresh starting values."""
+
+    def replica(self, name: str) -> None:
+        """Keep a frozen copy of the adapter under a name that `Flow.view` can show."""
+
+    def rng(self, name: str) -> torch.Generator:
+        """Return the generator keyed by (seed, task, name)."""
+
+
+@dataclass(kw_only=True)
+class Saved:
+    """An adapter on disk: PEFT's layout of tensors, the config that decides their shapes, a plan of what was cut."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    plan: dict[str, Any] = field(default_factory=dict)
+
+
+class Transform(Protocol):
+    """Adapters to adapter: squeeze, truncate, prune, recover."""
+
+    def __call__(self, *adapters: Saved, base: Mapping[str, Tensor] | None = None) -> Saved:
+        """Return a new adapter and leave its inputs as they are."""
+
+
+class Generator(Protocol):
+    """Descriptions to adapters."""
+
+    def fit(self, library: Sequence[Saved], conditions: Tensor, state: dict[str, Any]) -> bool:
+        """Do one step of fitting; True once done (the body of a Job)."""
+
+    def sample(self, condition: Tensor, n: int, seed: int | None) -> list[Saved]:
+        """Return n adapters; seed None gives the mean."""
+
+
+def conflicts(rules: Iterable[Rule]) -> list[str]:
+    """List pairs of rules that cannot work together, as problems for a ConfigError."""
+    problems = []
+    seen: list[Rule] = []
+    for rule in sorted(rules, key=lambda rule: (rule.order, rule.name)):
+        for earlier in seen:
+            both = {what.removeprefix("true_") for what in rule.expects} & earlier.touches
+            if both:
+                problems.append(
+                    f"rules: {rule.name!r} expects an untouched {', '.join(sorted(both))}, but {earlier.name!r} "
+                    "changes it first; drop one of the two"
+                )
+            if earlier.order == rule.order == ORDER["prox"] and earlier.touches & rule.touches:
+                problems.append(
+                    f"rules: {earlier.name!r} and {rule.name!r} both rewrite the parameters after a step; "
+                    "drop one of the two"
+                )
+        seen.append(rule)
+    return problems
