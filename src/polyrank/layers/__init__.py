@@ -1,0 +1,42 @@
+"""Adapted layers and the PEFT tuner that places them."""
+
+from polyrank.layers.adapter import ModelAdapter, adapter_of
+from polyrank.layers.config import PolyrankConfig
+from polyrank.layers.heads import LinearHead
+from polyrank.layers.hosts import BlockHost, HeadHost
+from polyrank.layers.linear import AdaptedLinear, View
+from polyrank.layers.plugin import install
+from polyrank.layers.root import ensure_flow, hook_of
+from polyrank.layers.structure import absorb, append, grow_head, keep, redraw, replica
+from polyrank.layers.tuner import PolyrankModel
+from polyrank.layers.verbs import adapt, conditioned, hotswap, load, merge, parameter_groups, view
+
+__all__ = [
+    "AdaptedLinear",
+    "BlockHost",
+    "HeadHost",
+    "LinearHead",
+    "ModelAdapter",
+    "PolyrankConfig",
+    "PolyrankModel",
+    "View",
+    "absorb",
+    "adapt",
+    "adapter_of",
+    "append",
+    "conditioned",
+    "ensure_flow",
+    "grow_head",
+    "hook_of",
+    "hotswap",
+    "install",
+    "keep",
+    "load",
+    "merge",
+    "parameter_groups",
+    "redraw",
+    "replica",
+    "view",
+]
+
+install()

@@ -1,0 +1,82 @@
+"""One adapter over the whole model, as rules, penalties and boundaries see it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from polyrank.errors import ConfigError, nearest
+from polyrank.frame import Adapter, Block, Head, Method
+from polyrank.layers.hosts import BlockHost, HeadHost
+from polyrank.layers.linear import AdaptedLinear, View
+
+BY = ("block", "layer", "matrix")
+
+
+class ModelAdapter(Adapter):
+    """Collects the views of one adapter; made anew after every structural change."""
+
+    def __init__(self, name: str, method: Method, hosts: list[nn.Module]) -> None:
+        self.name = name
+        self.method = method
+        self.hosts = hosts
+        self.layers: list[View] = [h.views[name] for h in hosts if isinstance(h, AdaptedLinear)]  # type: ignore[assignment]
+        self._blocks = [h for h in hosts if isinstance(h, BlockHost)]
+        self._heads = [h for h in hosts if isinstance(h, HeadHost)]
+        self.blocks: list[Block] = [h.owned[name] for h in self._blocks]  # type: ignore[misc]
+        self.head: Head | None = self._heads[0].owned[name] if self._heads else None  # type: ignore[assignment]
+
+    def roles(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters that the method declares as trained, by role."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for source in self.layers:
+            for role, params in source.parameters().items():
+                found.setdefault(role, []).extend(params)
+        for host in [*self._blocks, *self._heads]:
+            for role, params in host.parameters_of(self.name).items():
+                found.setdefault(role, []).extend(params)
+        return {role: params for role, params in found.items() if params}
+
+    def groups(self, by: str) -> list[list[nn.Parameter]]:
+        """Return the trained parameters of the layers grouped by "block", "layer" or "matrix"."""
+        if by not in BY:
+            raise ConfigError(
+                f"groups: got {by!r}, expected one of {', '.join(BY)};{nearest(by, BY)}"
+            )
+        found: dict[object, list[nn.Parameter]] = {}
+        for index, layer in enumerate(self.layers):
+            for params in layer.parameters().values():
+                for param in params:
+                    key = {"block": layer.site.depth, "layer": index, "matrix": id(param)}[by]
+                    found.setdefault(key, []).append(param)
+        return list(found.values())
+
+    def train_only(self, roles: frozenset[str] | None) -> None:
+        """Make exactly the parameters of these roles trainable; None means all that the method declares."""
+        for role, params in self.roles().items():
+            for param in params:
+                param.requires_grad_(roles is None or role in roles)
+
+    def trained(self) -> list[nn.Parameter]:
+        """Return the parameters that require gradients now."""
+        return [p for params in self.roles().values() for p in params if p.requires_grad]
+
+
+def adapter_of(model: nn.Module, name: str | None = None) -> ModelAdapter:
+    """Return one adapter of a model, by default the active one.
+
+    Raises:
+        ConfigError: if the model has no such polyrank adapter.
+    """
+    hosts = [m for m in model.modules() if isinstance(m, (AdaptedLinear, BlockHost, HeadHost))]
+    if name is None:
+        name = next((n for h in hosts for n in h.active_adapters), None)
+    held = [h for h in hosts if name in (h.views if isinstance(h, AdaptedLinear) else h.owned)]
+    if name is None or not held:
+        known = sorted({n for h in hosts if isinstance(h, AdaptedLinear) for n in h.views})
+        raise ConfigError(
+            f"adapter: got {name!r}, but the model holds {known or 'no polyrank adapter'}; "
+            "make one with polyrank.adapt(model, method)"
+        )
+    first = held[0]
+    method = first.views[name].method if isinstance(first, AdaptedLinear) else first.methods[name]
+    return ModelAdapter(name, method, list(held))

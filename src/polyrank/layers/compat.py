@@ -1,0 +1,31 @@
+"""The names that polyrank needs from inside PEFT, in one place.
+
+PEFT offers no public plug-in interface, so these are what a release of PEFT may move. Each has been present since
+PEFT 0.20, the lower bound of the dependency.
+"""
+
+from __future__ import annotations
+
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils.other import get_pattern_key
+
+TARGETS: dict[str, list[str]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+in_out_features = _get_in_out_features
+
+__all__ = [
+    "TARGETS",
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "check_adapters_to_merge",
+    "check_target_module_exists",
+    "get_pattern_key",
+    "in_out_features",
+]

@@ -1,0 +1,239 @@
+"""Where heads and blocks live in the module tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from polyrank.frame import Block, Flow, Head, Method, Site
+from polyrank.layers.compat import BaseTunerLayer
+
+
+class _Host(nn.Module, BaseTunerLayer):
+    """Shared by hosts: one ModuleDict of owned modules, trained as far as roles allow."""
+
+    held: str
+    other_param_names = ()
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        setattr(self, self.held, nn.ModuleDict())
+        self.methods: dict[str, Method] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter: str | list[str] = []
+
+    @property
+    def owned(self) -> nn.ModuleDict:
+        """The modules by adapter."""
+        return cast("nn.ModuleDict", getattr(self, self.held))
+
+    def parameters_of(self, name: str) -> dict[str, list[nn.Parameter]]:
+        """Return one adapter's trained parameters by role."""
+        raise NotImplementedError(type(self).__name__)
+
+    def active(self) -> str | None:
+        """Return the active adapter that this host serves, or None."""
+        if self._disable_adapters:
+            return None
+        return next((name for name in self.active_adapters if name in self.owned), None)
+
+    def _train_only(self, names: set[str], on: bool, others: bool) -> None:
+        for name, module in self.owned.items():
+            if name in names or others:
+                module.requires_grad_(False)
+                for params in self.parameters_of(name).values() if (on and name in names) else ():
+                    for param in params:
+                        param.requires_grad_(True)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._train_only(set(names), not inference_mode, others=True)
+        self._active_adapter = names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off."""
+        self._train_only(set(self.active_adapters), enabled, others=True)
+        self._disable_adapters = not enabled
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Freeze adapters, or make trainable what their methods declare."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        self._train_only(names, requires_grad, others=False)
+
+    def _freeze_non_trainable_peft_weights(
+        self, adapter_names: str | Sequence[str] | None = None
+    ) -> None:
+        for name, module in self.owned.items():
+            allowed = {id(p) for params in self.parameters_of(name).values() for p in params}
+            for param in module.parameters():
+                if id(param) not in allowed:
+                    param.requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove one adapter."""
+        super().delete_adapter(adapter_name)
+        self.methods.pop(adapter_name, None)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Mark adapters as merged; what a host holds stays in place and stays in use."""
+        for name in adapter_names or self.active_adapters:
+            if name in self.owned and name not in self.merged_adapters:
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Forget the marks of `merge`."""
+        self.merged_adapters.clear()
+
+
+class HeadHost(_Host):
+    """Stands in place of a model's classifier and runs the active adapter's growing head."""
+
+    held = "polyrank_head"
+    adapter_layer_names = ("polyrank_head",)
+
+    def __init__(self, base_layer: nn.Module, flow: Flow) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.flow = flow
+
+    def update_head(self, name: str, head: Head, method: Method) -> None:
+        """Give an adapter its head."""
+        self.owned[name] = head
+        self.methods[name] = method
+
+    def parameters_of(self, name: str) -> dict[str, list[nn.Parameter]]:
+        """Return the trained parameters of one adapter's head."""
+        if "head" not in self.methods[name].trains:
+            return {}
+        frozen = getattr(self.owned[name], "frozen", frozenset())
+        return {"head": [p for n, p in self.owned[name].named_parameters() if n not in frozen]}
+
+    def forward(self, embedding: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the logits of the active adapter's head, else of the base classifier."""
+        name = self.active() if self.flow.view != "base" else None
+        if name is None:
+            return cast("Tensor", self.base_layer(embedding, *args, **kwargs))
+        return cast("Tensor", self.owned[name](embedding, None))
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the active head if merging, else the base classifier."""
+        name = self.active() if merge else None
+        return self.base_layer if name is None else cast("nn.Module", self.owned[name])
+
+
+class BlockHost(_Host):
+    """Sits inside the module whose output a block replaces; the module keeps its place and its path.
+
+    A wrapper around the module would change the paths of everything inside it, and PEFT saves nothing that lies
+    under a wrapper's base layer; so the block's forward is put in front of the module's own instead.
+    """
+
+    held = "polyrank_side"
+    adapter_layer_names = ("polyrank_side",)
+
+    def __init__(self, site: Site, flow: Flow) -> None:
+        super().__init__()
+        self.site = site
+        self.flow = flow
+        self.tapped: dict[str, Tensor] = {}
+
+    def update_block(self, name: str, block: Block, method: Method) -> None:
+        """Give an adapter its block."""
+        self.owned[name] = block
+        self.methods[name] = method
+
+    def parameters_of(self, name: str) -> dict[str, list[nn.Parameter]]:
+        """Return the trained parameters of one adapter's block by role."""
+        block = cast("Block", self.owned[name])
+        found: dict[str, list[nn.Parameter]] = {}
+        for parameter_name, param in block.named_parameters():
+            role = block.roles.get(parameter_name.split(".")[0], "side")
+            if parameter_name not in block.frozen and role in self.methods[name].trains:
+                found.setdefault(role, []).append(param)
+        return found
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return an empty module; `detach` has put the original forward back."""
+        return nn.Identity()
+
+
+class BlockForward:
+    """The forward of a module that hosts a block; an object, so that a copy of the model copies it along."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the active block around the module's own forward."""
+        host = cast("BlockHost", self.module.polyrank_block)
+
+        def base(value: Tensor) -> Any:
+            return type(self.module).forward(self.module, value, *args, **kwargs)
+
+        name = host.active() if host.flow.view != "base" else None
+        if name is None:
+            return base(x)
+        block = cast("Block", host.owned[name])
+        return block(base, x, host.tapped.pop(block.tap, x), host.flow)
+
+
+class Tap:
+    """Remembers the input of the module at a block's tap point."""
+
+    def __init__(self, host: BlockHost, tap: str) -> None:
+        self.host = host
+        self.tap = tap
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep the first positional input until the block reads it."""
+        self.host.tapped[self.tap] = args[0]
+
+
+def attach_block(
+    inside: nn.Module, site: Site, name: str, block: Block, flow: Flow, method: Method
+) -> None:
+    """Put a block at its add point inside the transformer block `inside`."""
+    module = inside.get_submodule(block.add)
+    host = getattr(module, "polyrank_block", None)
+    if host is None:
+        host = BlockHost(site, flow)
+        module.add_module("polyrank_block", host)
+        module.forward = BlockForward(module)  # type: ignore[method-assign]
+    if block.tap != block.add and block.tap not in {
+        getattr(h, "tap", None) for h in _taps(inside, block.tap)
+    }:
+        inside.get_submodule(block.tap).register_forward_pre_hook(Tap(host, block.tap))
+    host.update_block(name, block, method)
+    reference = next(inside.parameters(), torch.empty(0))
+    if reference.device.type != "meta":
+        host.to(reference.device)
+
+
+def _taps(inside: nn.Module, tap: str) -> list[Callable[..., Any]]:
+    return [
+        hook
+        for hook in inside.get_submodule(tap)._forward_pre_hooks.values()
+        if isinstance(hook, Tap)
+    ]
+
+
+def detach_blocks(model: nn.Module) -> None:
+    """Put back the forwards of all modules that host blocks."""
+    for module in list(model.modules()):
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, Tap):
+                del module._forward_pre_hooks[key]
+        if isinstance(module._modules.get("polyrank_block"), BlockHost):
+            del module._modules["polyrank_block"]
+            del module.forward

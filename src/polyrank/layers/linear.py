@@ -1,0 +1,426 @@
+"""The adapted linear layer: y = α₀(base(x) − b) + b + s · B φ(A x) − s · B0 δ0 A0 x.
+
+There is one class for every method; the core is the only thing that varies.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polyrank.errors import ConfigError, MergeError
+from polyrank.frame import Core, Flow, Layer, Method, Site, keyed, seed_of
+from polyrank.layers.compat import BaseTunerLayer, check_adapters_to_merge, in_out_features
+from polyrank.ops.philox import dropout as seeded_dropout
+from polyrank.ops.rank_gate import rank_gate
+
+
+class Factor(nn.Module):
+    """Holds one weight, so that its name in a state dict ends in ``<adapter>.weight`` as PEFT's own do."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+
+
+class Frozen(nn.Module):
+    """Holds frozen factors: a bank of earlier ranks, a shadow that is subtracted, or a replica."""
+
+    def __init__(
+        self, A: Tensor, B: Tensor, core: nn.Module | None = None, delta: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.A = nn.Parameter(A, requires_grad=False)
+        self.B = nn.Parameter(B, requires_grad=False)
+        self.delta = None if delta is None else nn.Parameter(delta, requires_grad=False)
+        self.core = None if core is None else core.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Stay in evaluation mode: Trainer calls model.train() before every micro-batch."""
+        return cast("Frozen", super().train(False))
+
+
+class View(Layer):
+    """One adapter's view of one adapted layer; what methods, rules and penalties work on."""
+
+    def __init__(self, module: AdaptedLinear, name: str, method: Method, site: Site) -> None:
+        self.module = module
+        self.name = name
+        self.method = method
+        self.site = site
+        self.scale = method.scale(site)
+        self.row_scale: Tensor | None = None
+        self.seed = seed_of("dropout", site.path, name)
+
+    @property
+    def A(self) -> nn.Parameter:
+        """Live rows (widths[0], d_in)."""
+        return cast("Factor", self.module.polyrank_A[self.name]).weight
+
+    @property
+    def B(self) -> nn.Parameter:
+        """Live columns (d_out, widths[1])."""
+        return cast("Factor", self.module.polyrank_B[self.name]).weight
+
+    @property
+    def core(self) -> Core:
+        """The method's core for this layer."""
+        return cast("Core", self.module.polyrank_core[self.name])
+
+    @property
+    def bank(self) -> tuple[Tensor, Tensor] | None:
+        """Frozen ranks before the live ones."""
+        held = self.module.polyrank_bank
+        return (held[self.name].A, held[self.name].B) if self.name in held else None
+
+    @property
+    def shadow(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Frozen (A0, B0, δ0) whose product is subtracted."""
+        held = self.module.polyrank_shadow
+        return (
+            (held[self.name].A, held[self.name].B, held[self.name].delta)
+            if self.name in held
+            else None
+        )
+
+    def weight(self) -> Tensor:
+        """Return the base weight as dense fp32 (d_out, d_in)."""
+        weight = self.module.dense_weight().detach().float()
+        return weight.T if self.module.transposed else weight
+
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Return this layer's parameters that may train, by role, as the method declares."""
+        found = {"A": [self.A], "B": [self.B], "core": self.core.trained()}
+        return {role: params for role, params in found.items() if role in self.method.trains}
+
+    def factors(self, flow: Flow) -> tuple[Tensor, Tensor, Core, int]:
+        """Return (A, B, core, live_from) of the view that the flow shows."""
+        if flow.view:
+            replica = self.module.polyrank_replica[self.name][flow.view]
+            return replica.A, replica.B, replica.core, replica.A.shape[0]
+        if self.bank is None:
+            return self.A, self.B, self.core, 0
+        bank_A, bank_B = self.bank
+        return (
+            torch.cat([bank_A, self.A]),
+            torch.cat([bank_B, self.B], dim=1),
+            self.core,
+            bank_A.shape[0],
+        )
+
+    def add(self, y: Tensor, x: Tensor, flow: Flow) -> Tensor:
+        """Return y plus this adapter's update for the input x."""
+        A, B, core, live_from = self.factors(flow)
+        if (gain := core.base_gain()) is not None:
+            bias = self.module.base_bias()
+            y = gain * y if bias is None else gain * (y - bias) + bias
+        dropout = self.method.dropout if core.training else 0.0
+        seed = seed_of(self.seed, flow.draw) if dropout else 0
+        mask = flow.tokens(self.site.masks, x.shape[:-1])
+        if core.epilogue != "python":
+            count = core.counting and flow.live(core.training)
+            y, counts = rank_gate(
+                y, x, A, core.rows(), B, core.fused(), self.scale, live_from, self.shadow, self.row_scale,
+                dropout, seed, mask, count=count,
+            )  # fmt: skip
+            if counts is not None:
+                core.count(counts)
+            return y
+        if dropout:
+            x = seeded_dropout(x, dropout, seed)
+        h = F.linear(x, A.to(x.dtype))
+        rows = core.rows()
+        z = None if rows is None else F.linear(x.float(), rows.float())
+        q = core(h, z, flow.at(mask))
+        y = y + F.linear(q, B.to(q.dtype)).to(y.dtype) * self.scale
+        if self.shadow is not None:
+            A0, B0, delta = self.shadow
+            h0 = F.linear(x, A0.to(x.dtype))
+            h0 = h0 if delta is None else F.linear(h0, delta.to(h0.dtype))
+            y = y - F.linear(h0, B0.to(h0.dtype)) * self.scale
+        return y
+
+    def delta(self, condition: Tensor | None = None) -> Tensor:
+        """Return the dense update (d_out, d_in) in fp32.
+
+        Raises:
+            MergeError: if the core depends on the token, or on a condition that was not given.
+        """
+        A, B, core, _ = self.factors(Flow())
+        update = (
+            B.detach().float()
+            @ core.delta(condition).to(B.device, torch.float32).detach()
+            @ A.detach().float()
+        )
+        if self.shadow is not None:
+            A0, B0, delta = (None if t is None else t.float() for t in self.shadow)
+            update = update - B0 @ (A0 if delta is None else delta @ A0)
+        update = update * self.scale
+        if (gain := core.base_gain()) is not None:
+            update = update + (float(gain) - 1) * self.weight()
+        return update
+
+
+class AdaptedLinear(nn.Module, BaseTunerLayer):
+    """Wraps a linear layer (or GPT-2's Conv1D, or a quantised one) and adds the updates of its active adapters."""
+
+    adapter_layer_names = ("polyrank_A", "polyrank_B", "polyrank_core")
+    other_param_names = ("polyrank_bank", "polyrank_shadow", "polyrank_replica")
+
+    def __init__(self, base_layer: nn.Module, flow: Flow) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        for name in self.adapter_layer_names + self.other_param_names:
+            setattr(self, name, nn.ModuleDict())
+        self.flow = flow
+        self.views: dict[str, View] = {}
+        self.transposed = type(base_layer).__name__ == "Conv1D"
+        self.in_features, self.out_features = in_out_features(base_layer)
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter: str | list[str] = []
+
+    # --- structure -------------------------------------------------------------------------------
+
+    def update_layer(
+        self, name: str, method: Method, site: Site, shapes: dict[str, Any], seed: int | None
+    ) -> None:
+        """Allocate one adapter; `shapes` carries bank and shadow ranks of a saved one; seed None leaves it unfilled."""
+        core = method.core(site)
+        self.polyrank_A[name] = Factor(core.widths[0], site.d_in)
+        self.polyrank_B[name] = Factor(site.d_out, core.widths[1])
+        self.polyrank_core[name] = core
+        view = self.views[name] = View(self, name, method, site)
+        view.scale = shapes.get("scale", view.scale)
+        if bank := shapes.get("bank"):
+            self.polyrank_bank[name] = Frozen(
+                torch.zeros(bank, site.d_in), torch.zeros(site.d_out, bank)
+            )
+            core.banked(bank)
+        if shadow := shapes.get("shadow"):
+            delta = torch.zeros(shadow, shadow) if shapes.get("shadow_delta") else None
+            self.polyrank_shadow[name] = Frozen(
+                torch.zeros(shadow, site.d_in), torch.zeros(site.d_out, shadow), delta=delta
+            )
+        for replica in shapes.get("replicas", ()):
+            self.replicate(name, replica)
+        if seed is not None and view.A.device.type != "meta":
+            self.fill(name, seed)
+        self._move_adapter_to_device_of_base_layer(name)
+
+    def fill(self, name: str, seed: int, *key: int | str) -> None:
+        """Write the starting values of one adapter, keyed by (seed, adapter, path)."""
+        view = self.views[name]
+        with torch.no_grad():
+            view.method.init().fill(view, None, keyed(seed, name, view.site.path, *key))
+
+    def replicate(self, name: str, replica: str) -> None:
+        """Keep a frozen copy of one adapter's factors under a name that `Flow.view` can show."""
+        view = self.views[name]
+        if name not in self.polyrank_replica:
+            self.polyrank_replica[name] = nn.ModuleDict()
+        A, B, core, _ = view.factors(Flow())
+        cast("nn.ModuleDict", self.polyrank_replica[name])[replica] = Frozen(
+            A.detach().clone(), B.detach().clone(), copy.deepcopy(core)
+        )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove one adapter."""
+        super().delete_adapter(adapter_name)
+        self.views.pop(adapter_name, None)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT's own version also casts to the base's dtype: a balance bias in bf16 would lose its steps of 1e-5.
+        target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        for name in self.adapter_layer_names + self.other_param_names:
+            held = getattr(self, name)
+            if adapter_name in held and target is not None and target.type != "meta":
+                if not any(p.device.type == "meta" for p in held[adapter_name].parameters()):
+                    held[adapter_name].to(target)
+
+    # --- trainability ----------------------------------------------------------------------------
+
+    def _train_only(self, names: set[str], on: bool, others: bool) -> None:
+        for name, view in self.views.items():
+            if name in names or others:
+                for held in self.adapter_layer_names:
+                    getattr(self, held)[name].requires_grad_(False)
+                for params in view.parameters().values() if (on and name in names) else ():
+                    for param in params:
+                        param.requires_grad_(True)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; only what their methods declare becomes trainable."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._train_only(set(names), not inference_mode, others=True)
+        self._active_adapter = names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off."""
+        self._train_only(set(self.active_adapters), enabled, others=True)
+        self._disable_adapters = not enabled
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Freeze adapters, or make trainable what their methods declare."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        self._train_only(names, requires_grad, others=False)
+
+    def _freeze_non_trainable_peft_weights(
+        self, adapter_names: str | Sequence[str] | None = None
+    ) -> None:
+        names = (
+            self.views
+            if adapter_names is None
+            else [adapter_names]
+            if isinstance(adapter_names, str)
+            else adapter_names
+        )
+        for name in names:
+            if name in self.views:
+                view = self.views[name]
+                allowed = {id(p) for params in view.parameters().values() for p in params}
+                for held in self.adapter_layer_names:
+                    for param in getattr(self, held)[name].parameters():
+                        if id(param) not in allowed:
+                            param.requires_grad_(False)
+
+    # --- forward ---------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base output plus the updates of the active adapters."""
+        flow = self.flow
+        if self._disable_adapters or flow.view == "base":
+            if self.merged_adapters:
+                self.unmerge()
+            return cast("Tensor", self.base_layer(x, *args, **kwargs))
+        y = self.base_layer(x, *args, **kwargs)
+        if flow.plain:
+            if not self.merged_adapters:
+                for name in self._active_adapter:
+                    if name in self.views:
+                        y = self.views[name].add(y, x, flow)
+            return cast("Tensor", y)
+        return self._general(y, x, flow)
+
+    def _general(self, y: Tensor, x: Tensor, flow: Flow) -> Tensor:
+        if flow.lane is not None:
+            return self._lanes(y, x, flow)
+        if self.merged_adapters:
+            return y
+        for name in self.active_adapters:
+            view = self.views.get(name)
+            if view is None:
+                continue
+            if flow.view and flow.view not in self.polyrank_replica.get(name, {}):
+                raise ConfigError(
+                    f"view: got {flow.view!r}, but adapter {name!r} keeps no such replica; "
+                    'use "base" or make one with polyrank.replica(model, name)'
+                )
+            y = view.add(y, x, flow)
+        return y
+
+    def _lanes(self, y: Tensor, x: Tensor, flow: Flow) -> Tensor:
+        lane = cast("Tensor", flow.lane)
+        if len(x) != len(lane):
+            if x.dim() != 2 or len(x) % len(lane):
+                # The wording is what users of PEFT's mixed batches search for.
+                raise ValueError(
+                    "Length of `adapter_names` should be the same as the number of inputs, but got "
+                    f"{len(lane)} and {len(x)} respectively."
+                )
+            lane = lane.repeat_interleave(len(x) // len(lane))
+        for index, name in enumerate(flow.lanes):
+            if name in self.views:
+                rows = (lane == index).nonzero().squeeze(-1)
+                if len(rows):
+                    part = self.views[name].add(y[rows], x[rows], flow.rows(rows))
+                    y = y.index_copy(0, rows, part)
+        return y
+
+    # --- merging ---------------------------------------------------------------------------------
+
+    def base_bias(self) -> Tensor | None:
+        """Return the base layer's bias, or None."""
+        return cast("Tensor | None", getattr(self.get_base_layer(), "bias", None))
+
+    def quantised(self) -> bool:
+        """Say whether the base weight is anything but a dense floating-point matrix."""
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if weight is None or type(base).__module__.startswith("bitsandbytes"):
+            return True
+        shape = (
+            (self.in_features, self.out_features)
+            if self.transposed
+            else (self.out_features, self.in_features)
+        )
+        return not (
+            weight.is_floating_point() and weight.shape == shape and type(weight.data) is Tensor
+        )
+
+    def dense_weight(self) -> Tensor:
+        """Return the base weight in its own layout and dtype.
+
+        Raises:
+            MergeError: if the base is quantised.
+        """
+        if self.quantised():
+            raise MergeError(
+                f"base weight: {type(self.get_base_layer()).__name__} is quantised, and polyrank needs a dense one "
+                "here; keep the adapter unmerged, or load the base model without quantisation"
+            )
+        return cast("Tensor", self.get_base_layer().weight)
+
+    def get_delta_weight(self, adapter: str, condition: Tensor | None = None) -> Tensor:
+        """Return the dense update in the layout of the base weight and the dtype of B."""
+        delta = self.views[adapter].delta(condition)
+        return (delta.T if self.transposed else delta).to(self.views[adapter].B.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of adapters to the base weight.
+
+        Raises:
+            MergeError: if a core has no single matrix or the base is quantised, before anything changes.
+            ValueError: with `safe_merge`, if a merged weight is not finite.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.views]
+        if not names:
+            return
+        weight = self.dense_weight()
+        for name in names:
+            delta = self.get_delta_weight(name).float()
+            merged = (weight.detach().float() + delta).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"merge: adapter {name!r} gives non-finite weights (NaNs detected) at "
+                    f"{self.views[name].site.path}; look for a diverged training run"
+                )
+            weight.data = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take merged updates out of the base weight again, up to rounding in the base's dtype."""
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.views:
+                weight = self.dense_weight()
+                weight.data = (weight.detach().float() - self.get_delta_weight(name).float()).to(
+                    weight.dtype
+                )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Say whether the update is one matrix, so that PEFT can turn it into a plain LoRA."""
+        return adapter_name in self.views and self.views[adapter_name].core.merges == "exact"
+
+    def __repr__(self) -> str:
+        """Name the layer after the project, as PEFT's tuners do."""
+        return "polyrank." + super().__repr__()

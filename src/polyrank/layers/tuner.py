@@ -1,0 +1,408 @@
+"""polyrank as a PEFT tuner: one class for every method."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from polyrank.errors import CheckpointError, ConfigError, MergeError
+from polyrank.frame import Head, Site, keyed
+from polyrank.layers.compat import (
+    TARGETS,
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    get_pattern_key,
+    in_out_features,
+)
+from polyrank.layers.config import PolyrankConfig
+from polyrank.layers.heads import LinearHead
+from polyrank.layers.hosts import BlockHost, HeadHost, attach_block, detach_blocks
+from polyrank.layers.linear import AdaptedLinear
+from polyrank.layers.root import ensure_flow, hook_of, remove_flow
+
+PREFIX = "polyrank_"
+BASE = "__base__"
+
+
+class PolyrankModel(BaseTuner):
+    """Puts adapters of any polyrank method into a model."""
+
+    prefix = PREFIX
+    tuner_layer_cls = AdaptedLinear
+    target_module_mapping = TARGETS
+
+    # --- injection -------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add one adapter: linear layers first, then blocks, then the head.
+
+        Raises:
+            ConfigError: for an adapter name that PEFT cannot save, or targets that cannot be adapted.
+        """
+        config = cast("PolyrankConfig", self.peft_config[adapter_name])
+        if problems := [*_name_problems(model, adapter_name), *_head_problems(model, config)]:
+            self.peft_config.pop(adapter_name, None)
+            raise ConfigError(problems)
+        self.flow = ensure_flow(model)
+        self._method = config.build()
+        self._seed = config.seed if config.seed is not None else torch.initial_seed()
+        self._depths = _depths(model)
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+        )
+        self._inject_blocks(model, adapter_name)
+        self._inject_head(model, adapter_name, config)
+        if not autocast_adapter_dtype:
+            self._match_base_dtype(model, adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._probe(model, adapter_name)
+
+    def _probe(self, model: nn.Module, name: str) -> None:
+        hook = hook_of(model)
+        first = next(
+            (m for m in model.modules() if isinstance(m, AdaptedLinear) and name in m.views), None
+        )
+        if hook is not None and first is not None and self._method.steered():
+            hook.probes[name] = first.views[name]
+
+    def _create_and_replace(
+        self,
+        peft_config: PolyrankConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        base = target.base_layer if isinstance(target, AdaptedLinear) else target
+        site = self._site(peft_config, current_key, base, parent)
+        saved = peft_config.sites.get(current_key, {})
+        # Fresh values are drawn even for an adapter that is about to be loaded: a key missing there must not show.
+        if isinstance(target, AdaptedLinear):
+            layer = target
+            layer.update_layer(adapter_name, self._method, site, saved, self._seed)
+        else:
+            layer = AdaptedLinear(base, self.flow)
+            layer.update_layer(adapter_name, self._method, site, saved, self._seed)
+            self._replace_module(parent, target_name, layer, target)
+        if not peft_config.init_weights and layer.views[adapter_name].B.device.type != "meta":
+            with torch.no_grad():
+                B = layer.views[adapter_name].B
+                B.copy_(
+                    torch.empty(B.shape).normal_(
+                        0, 0.02, generator=keyed(self._seed, adapter_name, current_key, "B")
+                    )
+                )
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def _site(self, config: PolyrankConfig, key: str, base: nn.Module, parent: nn.Module) -> Site:
+        name = type(base).__name__
+        d_in, d_out = in_out_features(base)
+        linear = isinstance(base, nn.Linear) or name == "Conv1D" or "Linear" in name
+        if not linear or d_in is None or d_out is None:
+            raise ConfigError(
+                f"target_modules: {key!r} is a {name}, and polyrank adapts linear layers; "
+                'name linear layers, or use target_modules="all-linear"'
+            )
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ConfigError(
+                f"target_modules: {key!r} belongs to nn.MultiheadAttention, which reads its weight without calling it; "
+                "leave it out with exclude_modules"
+            )
+        pattern = get_pattern_key(config.rank_pattern.keys(), key)
+        alpha = get_pattern_key(config.alpha_pattern.keys(), key)
+        r = config.sites.get(key, {}).get("r", config.rank_pattern.get(pattern, self._method.r))
+        depth, depths = self._depths.get(key, (-1, -1))
+        return Site(
+            path=key,
+            d_in=d_in,
+            d_out=d_out,
+            r=r,
+            alpha=float(config.alpha_pattern.get(alpha, self._method.alpha)),
+            depth=depth,
+            depths=depths,
+            masks=_masks(self.model, key),
+        )
+
+    def _inject_blocks(self, model: nn.Module, name: str) -> None:
+        for path, depth, depths in _blocks(model):
+            inside = model.get_submodule(path)
+            site = Site(
+                path=path,
+                d_in=0,
+                d_out=0,
+                r=self._method.r,
+                alpha=self._method.alpha,
+                depth=depth,
+                depths=depths,
+            )
+            block = self._method.sub_block(site)
+            if block is not None:
+                attach_block(inside, site, name, block, self.flow, self._method)
+
+    def _inject_head(self, model: nn.Module, name: str, config: PolyrankConfig) -> None:
+        if config.head is None:
+            return
+        path = config.head["module"]
+        module = model.get_submodule(path)
+        if not isinstance(module, HeadHost):
+            parent, _, leaf = path.rpartition(".")
+            host = HeadHost(module, self.flow)
+            setattr(model.get_submodule(parent), leaf, host)
+            module.requires_grad_(False)
+            module = host
+        d = int(in_out_features(module.base_layer)[0] or config.head["d"])
+        names = list(config.head.get("names", []))
+        head = self._method.head(names, d) or LinearHead(d)
+        head.grow(names, keyed(self._seed, name, "head"))
+        reference = next(module.base_layer.parameters(), torch.empty(0))
+        module.update_head(name, cast("Head", head.to(reference.device)), self._method)
+
+    def _match_base_dtype(self, model: nn.Module, name: str) -> None:
+        # Asked for by autocast_adapter_dtype=False; gates and statistics stay fp32 all the same.
+        for layer in model.modules():
+            if isinstance(layer, AdaptedLinear) and name in layer.views:
+                dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
+                if dtype is not None and dtype.is_floating_point:
+                    layer.polyrank_A[name].to(dtype)
+                    layer.polyrank_B[name].to(dtype)
+
+    # --- forward ---------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; its own hook fills the flow."""
+        return self.model(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        self._check_lanes(names)
+        beams = kwargs.get("num_beams") or 1
+        spread = [name for name in names for _ in range(beams)]
+        lanes = tuple(sorted(set(spread) - {BASE}))
+        lane = torch.tensor([lanes.index(name) if name != BASE else -1 for name in spread])
+        handles = [
+            module.register_forward_pre_hook(_NamesHook(spread), with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        device = next(self.model.parameters()).device
+        try:
+            with self.flow.put(lane=lane.to(device), lanes=lanes):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_lanes(self, names: list[str]) -> None:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {n for m in self.modules() if isinstance(m, AdaptedLinear) for n in m.views}
+        known |= {
+            n
+            for m in self.modules()
+            if isinstance(m, AuxiliaryTrainingWrapper)
+            for n in m._adapters
+        }
+        if unknown := sorted(set(names) - known - {BASE}):
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        if any(m.merged for m in self.modules() if isinstance(m, AdaptedLinear)):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    # --- merging, unloading ----------------------------------------------------------------------
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        active = self.active_adapters
+        for module in self.model.modules():
+            if isinstance(module, AdaptedLinear):
+                for name in active:
+                    if name in module.views:
+                        view = module.views[name]
+                        if view.core.merges != "exact":
+                            view.core.delta(None)
+                        module.dense_weight()
+            elif isinstance(module, BlockHost) and any(name in module.owned for name in active):
+                raise MergeError(
+                    f"merge: the block at {module.site.path} is not linear, so no base weight equals it; "
+                    "keep the adapter unmerged"
+                )
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        detach_blocks(self.model)
+        for module in self.model.modules():
+            if isinstance(module, HeadHost):
+                module.enable_adapters(True)
+        unloaded = cast("nn.Module", super()._unload_and_optionally_merge(merge, *args, **kwargs))
+        remove_flow(unloaded)
+        return unloaded
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete one adapter from layers, blocks and head."""
+        super().delete_adapter(adapter_name)
+        if (hook := hook_of(self.model)) is not None:
+            hook.probes.pop(adapter_name, None)
+        for module in list(self.model.modules()):
+            if isinstance(module, (BlockHost, HeadHost)):
+                module.delete_adapter(adapter_name)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Say whether every layer's update is one matrix."""
+        layers = [
+            m for m in self.modules() if isinstance(m, AdaptedLinear) and adapter_name in m.views
+        ]
+        blocks = [m for m in self.modules() if isinstance(m, BlockHost) and adapter_name in m.owned]
+        return (
+            bool(layers)
+            and not blocks
+            and all(m.supports_lora_conversion(adapter_name) for m in layers)
+        )
+
+    # --- state dicts -----------------------------------------------------------------------------
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's own looks at the second-last part only; cores have deeper names: polyrank_core.<adapter>.router.weight
+        return re.sub(
+            rf"(\.{PREFIX}[A-Za-z]+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key, count=1
+        )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PolyrankConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return cast("dict[str, Tensor]", found)
+
+
+class _NamesHook:
+    """Hands the adapter of each sample to PEFT's wrappers of whole modules."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return args, {**kwargs, "adapter_names": self.names}
+
+
+def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Compare the tensors of a saved adapter with those its config asks for.
+
+    Raises:
+        CheckpointError: listing missing, unknown and misshapen tensors.
+    """
+    problems = [
+        f"{key} is missing" for key in sorted(expected.keys() - found.keys()) if PREFIX in key
+    ]
+    problems += [
+        f"{key} is not in the config"
+        for key in sorted(found.keys() - expected.keys())
+        if PREFIX in key
+    ]
+    problems += [
+        f"{key}: got {tuple(found[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in sorted(found.keys() & expected.keys())
+        if found[key].shape != expected[key].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:6]) + (
+            f" … and {len(problems) - 6} more" if len(problems) > 6 else ""
+        )
+        raise CheckpointError(
+            f"adapter: config and tensors disagree: {shown}; load the adapter_config.json that was saved with "
+            "these tensors, on the base model it was trained on"
+        )
+
+
+def _name_problems(model: nn.Module, name: str) -> Iterator[str]:
+    parts = {part for path, _ in model.named_modules() for part in path.split(".")}
+    own = {part for part in parts if part.startswith(PREFIX)}
+    adapters = {n for m in model.modules() if isinstance(m, (AdaptedLinear,)) for n in m.views}
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        yield f"adapter name: got {name!r}, expected letters, digits, '_' and '-'; rename the adapter"
+    elif (
+        name
+        in (parts | set(dir(nn.ModuleDict)) | set(dir(dict)) | {"weight", "bias"}) - own - adapters
+    ):
+        yield f"adapter name: {name!r} is also the name of a module or attribute, and saving would drop tensors; rename the adapter"
+    elif name in PREFIX:
+        yield f"adapter name: {name!r} is part of the prefix {PREFIX!r}; rename the adapter"
+
+
+def _head_problems(model: nn.Module, config: PolyrankConfig) -> Iterator[str]:
+    if config.head is not None:
+        path = config.head["module"]
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            yield f"head: the model has no module {path!r}; name its classifier, for example 'classifier' or 'score'"
+            return
+        base = module.base_layer if isinstance(module, HeadHost) else module
+        if in_out_features(base)[0] is None and "d" not in config.head:
+            yield f"head: {path!r} is a {type(base).__name__} without in_features; add 'd', the width of its input"
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, int, int]]:
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and PREFIX not in path:
+            children = [
+                name for name, child in module.named_children() if len(list(child.children())) > 1
+            ]
+            if children and re.search(r"(^|\.)(layers?|blocks?|h)$", path):
+                found += [(f"{path}.{name}", int(name), len(module)) for name in children]
+    nested = {a for a, _, _ in found for b, _, _ in found if a != b and a.startswith(b + ".")}
+    return [entry for entry in found if entry[0] not in nested]
+
+
+def _depths(model: nn.Module) -> dict[str, tuple[int, int]]:
+    places = {}
+    blocks = _blocks(model)
+    for path, _ in model.named_modules():
+        for block, depth, depths in blocks:
+            if path.startswith(block + "."):
+                places[path] = (depth, depths)
+    return places
+
+
+def _masks(model: nn.Module, path: str) -> str:
+    config = getattr(model, "config", None)
+    if any(part in path for part in ("vision_model", "vision_tower", "visual")):
+        return ""
+    if getattr(config, "is_encoder_decoder", False) and "decoder" in path.split("."):
+        cross = re.search(
+            r"(EncDecAttention|encoder_attn|cross_attn|crossattention)\.(k|v|k_proj|v_proj|key|value)$",
+            path,
+        )
+        return "mask" if cross else "decoder"
+    return "mask"

@@ -1,0 +1,224 @@
+"""What users call on a model: adapt, load, merge, swap, look through a view."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from polyrank.errors import CheckpointError, ConfigError, MergeError
+from polyrank.frame import Method
+from polyrank.frame import method as make
+from polyrank.layers.adapter import adapter_of
+from polyrank.layers.config import PolyrankConfig
+from polyrank.layers.linear import View
+from polyrank.layers.root import hook_of
+
+
+def adapt(
+    model: nn.Module,
+    method: Method | str,
+    target_modules: list[str] | str | None = "all-linear",
+    *,
+    adapter_name: str = "default",
+    head: str | dict[str, Any] | None = None,
+    **options: Any,
+) -> PeftModel:
+    """Put an adapter into a model and return a `peft.PeftModel`.
+
+    Args:
+        model: the pretrained model; its weights are frozen and stay where they are.
+        method: a method such as `polyrank.method("smora", r=64, k=8)`, or its name.
+        target_modules: as in PEFT; None takes PEFT's defaults for the architecture.
+        adapter_name: key of the adapter.
+        head: module path of a classifier to replace by one that grows, or {"module": …, "names": […]}.
+        **options: further fields of `PolyrankConfig`: rank_pattern, exclude_modules, seed …
+
+    Raises:
+        ConfigError: naming everything that is wrong with the options.
+    """
+    made = make(method) if isinstance(method, str) else method
+    if not isinstance(made, Method):
+        raise ConfigError(
+            f"method: got {type(made).__name__}, expected a method such as polyrank.method('smora', r=64, k=8)"
+        )
+    if problems := made.checks():
+        raise ConfigError([f"{made.name}: {problem}" for problem in problems])
+    if not any(isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" for m in model.modules()):
+        raise ConfigError(
+            f"model: {type(model).__name__} has no linear layer to adapt; pass a model with nn.Linear or Conv1D modules"
+        )
+    config = PolyrankConfig(
+        method=made.name,
+        options=made.options(),
+        target_modules=target_modules,
+        head={"module": head, "names": []} if isinstance(head, str) else head,
+        **options,
+    )
+    return get_peft_model(cast("Any", model), config, adapter_name=adapter_name)
+
+
+def load(model: nn.Module, path: str | Path, **options: Any) -> PeftModel:
+    """Load a saved adapter onto a base model: `PeftModel.from_pretrained` with polyrank's type registered.
+
+    Args:
+        model: the base model that the adapter was trained on.
+        path: folder with adapter_config.json and adapter_model.safetensors, or a hub id.
+        **options: passed on, `adapter_name`, `is_trainable` …
+
+    Raises:
+        CheckpointError: if config and tensors disagree.
+    """
+    return PeftModel.from_pretrained(cast("Any", model), str(path), **options)
+
+
+def hotswap(model: PeftModel, path: str | Path, *, adapter_name: str = "default") -> None:
+    """Copy a saved adapter into one that is already in the model; no module is made, compiled code stays valid.
+
+    Raises:
+        CheckpointError: if the saved adapter has another method, other options or other shapes.
+    """
+    held = cast("PolyrankConfig", model.peft_config[adapter_name])
+    found = cast("PolyrankConfig", PolyrankConfig.from_pretrained(str(path)))
+    keys = ("method", "options", "target_modules", "rank_pattern", "alpha_pattern", "sites", "head")
+    differ = [key for key in keys if getattr(held, key) != getattr(found, key)]
+    if differ:
+        raise CheckpointError(
+            f"hotswap: the saved adapter differs from {adapter_name!r} in {', '.join(differ)}; "
+            "delete the adapter and load the new one with model.load_adapter"
+        )
+    weights = load_peft_weights(str(path), device=str(next(model.parameters()).device))
+    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+
+
+@contextmanager
+def view(model: nn.Module, name: str) -> Iterator[None]:
+    """Show another view of the model: "base", or a replica by name; trainability is never touched."""
+    with _flow(model).put(view=name):
+        yield
+
+
+@contextmanager
+def conditioned(model: nn.Module, condition: Tensor) -> Iterator[None]:
+    """Give conditioned cores what they read, (batch, c), for all forwards inside (`generate` included)."""
+    with _flow(model).put(ambient=condition, condition=condition):
+        yield
+
+
+def _flow(model: nn.Module) -> Any:
+    hook = hook_of(model)
+    if hook is None:
+        raise ConfigError(
+            "model: no polyrank adapter found; make one with polyrank.adapt(model, method)"
+        )
+    return hook.flow
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, *, adapter: str | None = None
+) -> list[dict[str, Any]]:
+    """Return the groups that a torch optimiser needs for a method: rates, decay, gates undecayed.
+
+    >>> optimizer = torch.optim.AdamW(polyrank.parameter_groups(model, lr=1e-4))  # doctest: +SKIP
+    """
+    found = adapter_of(model, adapter)
+    groups = []
+    for group in found.method.groups(found, None):
+        decay = weight_decay if group.weight_decay is None else group.weight_decay
+        groups.append(
+            {
+                "params": group.params,
+                "lr": lr * group.lr,
+                "weight_decay": decay,
+                "update": group.update,
+                **group.options,
+            }
+        )
+    return groups
+
+
+def merge(
+    model: PeftModel,
+    *,
+    approximate: Iterable[dict[str, Any]] | None = None,
+    condition: Tensor | None = None,
+) -> nn.Module:
+    """Merge the active adapter into the base weights and return the plain model.
+
+    Args:
+        model: a PEFT model with a polyrank adapter.
+        approximate: batches of model inputs. A core that weighs ranks for each token is replaced by its mean gate
+            over them, W + s · B diag(E[g]) A: an approximation, never exact.
+        condition: for cores that merge per condition, the one to merge for, (1, c) or (c,).
+
+    Raises:
+        MergeError: if the adapter has no exact dense form and no approximation was asked for.
+    """
+    found = adapter_of(model)
+    if approximate is None and condition is None:
+        return cast("nn.Module", model.merge_and_unload())
+    if approximate is not None:
+        deltas = _mean_deltas(model, found.layers, approximate)
+    else:
+        assert condition is not None
+        deltas = [layer.delta(condition) for layer in found.layers]
+    weights = [layer.module.dense_weight() for layer in found.layers]
+    for layer, weight, delta in zip(found.layers, weights, deltas, strict=True):
+        delta = delta.T if layer.module.transposed else delta
+        weight.data = (weight.detach().float() + delta.to(weight.device)).to(weight.dtype)
+    return cast("nn.Module", model.unload())
+
+
+@torch.no_grad()
+def _mean_deltas(
+    model: PeftModel, layers: list[View], batches: Iterable[dict[str, Any]]
+) -> list[Tensor]:
+    sums = [torch.zeros(layer.core.widths[1], dtype=torch.float64) for layer in layers]
+    tokens = [0] * len(layers)
+
+    def watch(index: int, layer: View) -> Any:
+        gates = getattr(layer.core, "gates_of", None)
+        if gates is None:
+            raise MergeError(
+                f"merge: the core {type(layer.core).__name__} has no gates to average; keep the adapter unmerged"
+            )
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            mask = module.flow.tokens(layer.site.masks, args[0].shape[:-1])  # type: ignore[union-attr]
+            x = x if mask is None else x[mask.reshape(-1)]
+            A, _, core, _ = layer.factors(module.flow)  # type: ignore[arg-type]
+            rows = core.rows()
+            z = None if rows is None else F.linear(x.float(), rows.float())
+            sums[index] += gates(F.linear(x, A.to(x.dtype)), z).double().sum(0).cpu()
+            tokens[index] += len(x)
+
+        return layer.module.register_forward_pre_hook(hook)
+
+    handles = [watch(index, layer) for index, layer in enumerate(layers)]
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    if not all(tokens):
+        raise ConfigError(
+            "merge: `approximate` gave no token to some layer; pass batches that reach every adapted layer"
+        )
+    deltas = []
+    for layer, total, count in zip(layers, sums, tokens, strict=True):
+        A, B, _, _ = layer.factors(layer.module.flow)
+        gate = (total / count).to(B.device, torch.float32)
+        deltas.append(layer.scale * (B.float() * gate) @ A.float())
+    return deltas
