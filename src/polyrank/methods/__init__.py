@@ -1,0 +1,1 @@
+"""One file per published method; the file's stem is the registered name."""

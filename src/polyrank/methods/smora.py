@@ -1,0 +1,121 @@
+"""SMoRA: every rank of one LoRA is an expert, and each token chooses k of them.
+
+Idea: a mixture of LoRAs is one wide LoRA whose ranks are switched on in blocks; make the block a single rank.
+Maths: y = W x + b + s · B (g(x) ⊙ A x);  z = W_g x,  p = σ(z),  Ω = the k largest of p + b (ties: lower index),
+    g_i = k · p_i / Σ_Ω p_j on Ω, else 0;  s = alpha / k. Balance after each update: b_i += u · sign(mean(c) − c_i).
+Source: arXiv:2501.15103, section 3, and the released module.
+Differs from the released code: the bias balances and does not weigh (`bias_in_weight=True` gives theirs); it is
+    never trained by the optimiser; counts are summed over an update and over processes, never twice under gradient
+    checkpointing (`balance_every="micro_batch"` steps after every forward); disabled adapters return the base output.
+Limits: no exact merge, since the gate depends on the token. Cost: r (d_in + d_out) + (r / block) d_in weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polyrank.frame import Adapter, Core, Method, Rule, Site, register
+from polyrank.parts.cores import RankGate
+from polyrank.parts.rules import Balance
+
+GATES = {"sigmoid_sum": "sigmoid", "softmax_topk": "softmax"}
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class SMoRA(Method):
+    """Single-ranked mixture of experts.
+
+    Args:
+        r: ranks per layer.
+        k: active ranks per token, 1 <= k <= r.
+        block: ranks that are chosen together; divides r and k.
+        alpha: numerator of the scaling, which divides by k.
+        gate: "sigmoid_sum" (σ(z) over its sum) or "softmax_topk" (softmax over the chosen logits).
+        bias_in_weight: whether the balance bias enters the gate's value.
+        gate_sum: what the gates of a token sum to: "k" or "1".
+        balance: step u of the balance bias, >= 0; 0 switches balancing off.
+        balance_every: "step" (once per optimiser update) or "micro_batch" (after every training forward).
+    """
+
+    r: int = 64
+    k: int = 8
+    block: int = 1
+    scaling: str | float = "alpha/k"
+    gate: str = "sigmoid_sum"
+    bias_in_weight: bool = False
+    gate_sum: str = "k"
+    balance: float = 1e-4
+    balance_every: str = "step"
+
+    merges = "never"
+
+    def problems(self) -> Iterator[str]:
+        """Check how r, k and block fit, and the names of variants."""
+        if not 1 <= self.k <= self.r:
+            yield f"k: got {self.k}, expected 1..r={self.r}; k counts active ranks"
+        if self.block < 1 or self.r % self.block or self.k % self.block:
+            yield f"block: got {self.block}, expected a divisor of r={self.r} and of k={self.k}; 1 always fits"
+        if self.gate not in GATES:
+            yield f"gate: got {self.gate!r}, expected one of {', '.join(GATES)}"
+        if self.gate_sum not in ("k", "1"):
+            yield f"gate_sum: got {self.gate_sum!r}, expected 'k' or '1'"
+        if self.balance < 0:
+            yield f"balance: got {self.balance}, expected >= 0; 0 switches balancing off"
+        if self.balance_every not in ("step", "micro_batch"):
+            yield f"balance_every: got {self.balance_every!r}, expected 'step' or 'micro_batch'"
+
+    def core(self, site: Site) -> Core:
+        """Return the rank gate of one layer."""
+        return RankGate(
+            site,
+            k=self.k,
+            block=self.block,
+            score=GATES[self.gate],
+            total=self.k if self.gate_sum == "k" else 1,
+            balance=self.balance > 0,
+            bias_in_weight=self.bias_in_weight,
+            rate=self.balance if self.balance_every == "micro_batch" else 0.0,
+        )
+
+    def rules(self) -> list[Rule]:
+        """Balance once per update."""
+        return [Balance(self.balance)] if self.balance > 0 and self.balance_every == "step" else []
+
+    def parameters_per_site(self, site: Site) -> int:
+        """r (d_in + d_out) + (r / block) d_in."""
+        return site.r * (site.d_in + site.d_out) + site.r // self.block * site.d_in
+
+    def vital_sign(self, adapter: Adapter) -> dict[str, float]:
+        """Return the spread of the balance bias beside the size of B."""
+        biases = (
+            [
+                b
+                for layer in adapter.layers
+                if isinstance(b := layer.core.get_parameter("balance_bias"), Tensor)
+            ]
+            if self.balance
+            else []
+        )
+        spread = (
+            torch.stack([b.detach().std() for b in biases]).mean()
+            if biases
+            else torch.tensor(math.nan)
+        )
+        return {**super().vital_sign(adapter), "bias_spread": float(spread)}
+
+    @classmethod
+    def samples(cls) -> list[Method]:
+        """All four gates, blocks, both sums, no balancing, the released module."""
+        return [
+            cls(r=8, k=2),
+            cls(r=8, k=4, block=2, gate="softmax_topk"),
+            cls(r=8, k=2, bias_in_weight=True, balance_every="micro_batch", balance=1e-5),
+            cls(r=8, k=2, gate="softmax_topk", bias_in_weight=True, gate_sum="1", balance=1e-2),
+            cls(r=8, k=8, balance=0.0, dropout=0.1),
+        ]

@@ -1,0 +1,135 @@
+"""Cores with more than one user."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from polyrank.errors import ConfigError
+from polyrank.frame import Core, Flow, Site
+from polyrank.ops.rank_gate import Epilogue, gate
+
+
+class Router(nn.Module):
+    """Rows W_g (E, d_in) of a linear router; z = W_g x has no additive term."""
+
+    def __init__(self, experts: int, d_in: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, d_in))
+
+    def fill(self, rng: torch.Generator) -> None:
+        """Draw U(±1/√d_in), the law of nn.Linear."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        self.weight.copy_(torch.empty(self.weight.shape).uniform_(-bound, bound, generator=rng))
+
+
+class RankGate(Core):
+    """φ(h ; x) = g(x) ⊙ h, the gate g chosen for each token by a linear router: k of r ranks, in whole blocks.
+
+    Args:
+        site: where the core sits.
+        k: active ranks, a multiple of `block`.
+        block: ranks that share one router row; 1 makes every rank an expert.
+        score: "sigmoid" (scores σ(z)) or "softmax" (scores z).
+        total: sum of the gates over the chosen ranks.
+        balance: whether to keep a balance bias b (r,) and count choices for it.
+        bias_in_weight: whether b enters the gate's value, not only the choice.
+        rate: if not 0, b takes its step right after every live forward and no rule is needed.
+
+    Raises:
+        ConfigError: if r, k and block do not fit together at this site.
+    """
+
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "router.weight": ("expert", "in"),
+        "balance_bias": ("rank",),
+    }
+    merges = "never"
+    epilogue = "linear"
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        k: int,
+        block: int = 1,
+        score: str = "sigmoid",
+        total: float | None = None,
+        balance: bool = True,
+        bias_in_weight: bool = False,
+        rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        r = site.r
+        if block < 1 or r % block or k % block or not 1 <= k <= r:
+            raise ConfigError(
+                f"rank gate at {site.path!r}: got r={r}, k={k}, block={block}, expected 1 <= k <= r with block dividing "
+                "both; change rank_pattern or k"
+            )
+        self.widths = (r, r)
+        self.k, self.block, self.score = k, block, score
+        self.total = float(k if total is None else total)
+        self.bias_in_weight = bias_in_weight
+        self.rate = rate
+        self.router = Router(r // block, site.d_in)
+        self.counting = balance
+        self.frozen = frozenset({"balance_bias"}) if balance else frozenset()
+        self.balance_bias = nn.Parameter(torch.zeros(r), requires_grad=False) if balance else None
+        # A plain tensor: DDP would overwrite a buffer by rank 0's copy at every forward.
+        self.counts: Tensor | None = None
+
+    def rows(self) -> Tensor:
+        """Return the router's rows, read in the same pass as A."""
+        return self.router.weight
+
+    def fill(self, rng: torch.Generator) -> None:
+        """Draw the router; the bias starts at zero."""
+        self.router.fill(rng)
+        if self.balance_bias is not None:
+            self.balance_bias.zero_()
+
+    def fused(self) -> Epilogue:
+        """Return the operator's form."""
+        return Epilogue(
+            kind="linear",
+            k=self.k,
+            block=self.block,
+            score=self.score,
+            bias=self.balance_bias,
+            bias_in_weight=self.bias_in_weight,
+            total=self.total,
+        )
+
+    def gates_of(self, h: Tensor, z: Tensor | None) -> Tensor:
+        """Return g (*, r) in fp32."""
+        return gate(h, z, self.fused())
+
+    def forward(self, h: Tensor, z: Tensor | None, flow: Flow) -> Tensor:
+        """Return g ⊙ h and count the choices of real tokens in a live training forward."""
+        g = self.gates_of(h, z)
+        if self.counting and flow.live(self.training):
+            chosen = (g.detach() != 0).reshape(-1, g.shape[-1])
+            if flow.mask is not None:
+                chosen = chosen[flow.mask.reshape(-1)]
+            self.count(chosen.sum(0))
+        return (g * h).to(h.dtype)
+
+    @torch.no_grad()
+    def count(self, counts: Tensor) -> None:
+        """Add the number of tokens that chose each rank, (r,) int64."""
+        if self.rate:
+            self.balance(counts, self.rate)
+            return
+        self.counts = (
+            counts.clone() if self.counts is None else self.counts.to(counts.device) + counts
+        )
+
+    @torch.no_grad()
+    def balance(self, counts: Tensor, rate: float) -> None:
+        """b += rate · sign(mean(c) − c): ranks chosen too rarely rise, by the same step whatever the distance."""
+        if self.balance_bias is not None:
+            error = counts.double().mean() - counts.double()
+            self.balance_bias.add_(error.sign().to(self.balance_bias), alpha=rate)

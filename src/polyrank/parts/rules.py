@@ -1,0 +1,52 @@
+"""Rules with more than one user."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from polyrank.frame import ORDER, Adapter, Rule, Step, Workshop
+from polyrank.parts.cores import RankGate
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+class Balance(Rule):
+    """Keeps the load of ranks even without a loss: b_i += rate · sign(mean(c) − c_i), once per real update.
+
+    The counts c of all layers and micro-batches are summed over processes in one all-reduce.
+
+    Args:
+        rate: the step u, >= 0.
+    """
+
+    order = ORDER["balance"]
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def bind(self, adapter: Adapter, optimizer: Optimizer, workshop: Workshop | None) -> None:
+        """Collect the cores that count."""
+        self.cores = [layer.core for layer in adapter.layers if isinstance(layer.core, RankGate)]
+
+    def after(self, step: Step) -> None:
+        """Sum the counts over processes, move every bias by one step, forget the counts."""
+        cores = [core for core in self.cores if core.counting]
+        if not cores:
+            return
+        device = cores[0].router.weight.device
+        parts = [
+            torch.zeros(core.widths[0], dtype=torch.int64, device=device)
+            if core.counts is None
+            else core.counts.to(device)
+            for core in cores
+        ]
+        counts = torch.cat(parts)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(counts)
+        for core, part in zip(cores, counts.split([len(part) for part in parts]), strict=True):
+            core.balance(part, self.rate)
+            core.counts = None
