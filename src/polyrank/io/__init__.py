@@ -1,1 +1,5 @@
-"""Run folders on disk and, beside them, what PEFT reads and writes."""
+"""Run folders on disk: whole files, checked content, and what surrounds a result."""
+
+from polyrank.io.runs import RunFolder
+
+__all__ = ["RunFolder"]
