@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: one folder per operator, its plain reference in `naive.py`."""

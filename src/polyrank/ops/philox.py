@@ -1,0 +1,79 @@
+"""Counter-based random numbers: the same bits here, in a kernel, on every device and in every pass.
+
+A mask that depends only on (seed, element index) need not be stored: backward draws it again.
+The generator is Philox-4x32-10 (Salmon et al., SC 2011), keyed and converted as Triton's
+`tl.rand(seed, offset)` with a 32-bit offset does it, so that a kernel reproduces every mask.
+"""
+
+import torch
+from torch import Tensor
+
+from polyrank.errors import ConfigError
+
+_LOW = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+# Triton's constant: the largest float32 whose product with 2^31 stays below 1.
+_TO_UNIT = 4.6566127342e-10
+# 2^16 numbers per chunk, 512 KiB a temporary: the ten rounds stay in the cache of a core.
+_CHUNK = 1 << 16
+
+# A 32-bit word: a Python number, or an int64 tensor of which the low 32 bits count.
+Word = int | Tensor
+
+
+def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, ...]:
+    """Philox-4x32-10 of four counter words under two key words; all words in [0, 2^32).
+
+    Words may be Python numbers or int64 tensors that broadcast.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The 64-bit products wrap to negative int64; what is read of them are bits, after a mask.
+        # c1 and c3 only ever meet ^, so their high bits wait for the mask of the next round.
+        left, right = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = ((right >> 32) ^ c1 ^ k0) & _LOW, right
+        c2, c3 = ((left >> 32) ^ c3 ^ k1) & _LOW, left
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1 & _LOW, c2, c3 & _LOW
+
+
+def uniform(seed: Word, offset: Tensor) -> Tensor:
+    """Numbers in [0, 1), fp32, of the shape of `offset`: Triton's `tl.rand(seed, offset)`.
+
+    Args:
+        seed: The 64-bit key; a 0-d int64 tensor lets a compiled graph take a new seed each step.
+        offset: int64 counters; only their low 32 bits are used.
+    """
+    key = (seed & _LOW, (seed >> 32) & _LOW)
+    bits = philox((offset & _LOW, 0, 0, 0), key)[0]
+    # The word read as a signed number, folded to its non-negative half.
+    signed = torch.where(bits > 0x7FFFFFFF, _LOW - bits, bits)
+    return signed.to(torch.float32) * _TO_UNIT
+
+
+def keep_mask(shape: torch.Size, p: float, seed: Word, device: torch.device) -> Tensor:
+    """Bool of `shape`, False with probability p; element i, counted row by row, keeps iff tl.rand(seed, i) >= p.
+
+    Raises:
+        ConfigError: p outside [0, 1).
+    """
+    if not 0 <= p < 1:
+        raise ConfigError(f"dropout: got {p}, expected 0 <= dropout < 1; 0 turns it off")
+    index = torch.arange(shape.numel(), device=device)
+    if torch.compiler.is_compiling() or device.type != "cpu":
+        return (uniform(seed, index) >= p).view(shape)
+    keep = torch.empty(index.shape, dtype=torch.bool)
+    for part, out in zip(index.split(_CHUNK), keep.split(_CHUNK), strict=True):
+        torch.ge(uniform(seed, part), p, out=out)
+    return keep.view(shape)
+
+
+def dropout(x: Tensor, p: float, seed: Word) -> Tensor:
+    """x with elements zeroed with probability p and the rest divided by 1 − p; differentiable.
+
+    Raises:
+        ConfigError: p outside [0, 1).
+    """
+    return x * keep_mask(x.shape, p, seed, x.device) * (1 / (1 - p))
