@@ -76,6 +76,12 @@ class _Host(nn.Module, BaseTunerLayer):
                 if id(param) not in allowed:
                     param.requires_grad_(False)
 
+    def drop(self, adapter_name: str) -> None:
+        """Remove what one adapter owns and leave the choice of the active one to the caller."""
+        if adapter_name in self.owned:
+            del self.owned[adapter_name]
+        self.methods.pop(adapter_name, None)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter."""
         super().delete_adapter(adapter_name)

@@ -33,7 +33,8 @@ class PolyrankModel(BaseTuner):
     """Puts adapters of any polyrank method into a model."""
 
     prefix = PREFIX
-    tuner_layer_cls = AdaptedLinear
+    # PEFT hands this to isinstance only, so that verbs reach the hosts of heads and blocks as well.
+    tuner_layer_cls = (AdaptedLinear, BlockHost, HeadHost)  # type: ignore[assignment]
     target_module_mapping = TARGETS
 
     # --- injection -------------------------------------------------------------------------------
@@ -80,6 +81,14 @@ class PolyrankModel(BaseTuner):
         )
         if hook is not None and first is not None and self._method.steered():
             hook.probes[name] = first.views[name]
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PolyrankConfig, key: str) -> Any:
+        # The classifier that the head replaces is not adapted as well.
+        head = peft_config.head["module"] if peft_config.head else None
+        if head is not None and (key == head or key.startswith(f"{head}.")):
+            return False
+        return BaseTuner._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -268,9 +277,12 @@ class PolyrankModel(BaseTuner):
         super().delete_adapter(adapter_name)
         if (hook := hook_of(self.model)) is not None:
             hook.probes.pop(adapter_name, None)
-        for module in list(self.model.modules()):
+        for module in self.model.modules():
             if isinstance(module, (BlockHost, HeadHost)):
-                module.delete_adapter(adapter_name)
+                module.drop(adapter_name)
+                # Left alone, a host would pick a new active adapter out of those that it owns.
+                if module.active_adapters != self.active_adapters:
+                    module.set_adapter(self.active_adapters)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether every layer's update is one matrix."""
