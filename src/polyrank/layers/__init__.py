@@ -2,6 +2,7 @@
 
 from polyrank.layers.adapter import ModelAdapter, adapter_of
 from polyrank.layers.config import PolyrankConfig
+from polyrank.layers.gates import GateStatistics, gate_statistics, has_gates
 from polyrank.layers.heads import LinearHead
 from polyrank.layers.hosts import BlockHost, HeadHost
 from polyrank.layers.linear import AdaptedLinear, View
@@ -14,6 +15,7 @@ from polyrank.layers.verbs import adapt, conditioned, hotswap, load, merge, para
 __all__ = [
     "AdaptedLinear",
     "BlockHost",
+    "GateStatistics",
     "HeadHost",
     "LinearHead",
     "ModelAdapter",
@@ -26,7 +28,9 @@ __all__ = [
     "append",
     "conditioned",
     "ensure_flow",
+    "gate_statistics",
     "grow_head",
+    "has_gates",
     "hook_of",
     "hotswap",
     "install",

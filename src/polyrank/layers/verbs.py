@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from polyrank.frame import Method
 from polyrank.frame import method as make
 from polyrank.layers.adapter import adapter_of
 from polyrank.layers.config import PolyrankConfig
+from polyrank.layers.gates import gate_statistics
 from polyrank.layers.linear import View
 from polyrank.layers.root import hook_of
 
@@ -176,49 +176,12 @@ def merge(
     return cast("nn.Module", model.unload())
 
 
-@torch.no_grad()
 def _mean_deltas(
     model: PeftModel, layers: list[View], batches: Iterable[dict[str, Any]]
 ) -> list[Tensor]:
-    sums = [torch.zeros(layer.core.widths[1], dtype=torch.float64) for layer in layers]
-    tokens = [0] * len(layers)
-
-    def watch(index: int, layer: View) -> Any:
-        gates = getattr(layer.core, "gates_of", None)
-        if gates is None:
-            raise MergeError(
-                f"merge: the core {type(layer.core).__name__} has no gates to average; keep the adapter unmerged"
-            )
-
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            mask = module.flow.tokens(layer.site.masks, args[0].shape[:-1])  # type: ignore[union-attr]
-            x = x if mask is None else x[mask.reshape(-1)]
-            A, _, core, _ = layer.factors(module.flow)  # type: ignore[arg-type]
-            rows = core.rows()
-            z = None if rows is None else F.linear(x.float(), rows.float())
-            sums[index] += gates(F.linear(x, A.to(x.dtype)), z).double().sum(0).cpu()
-            tokens[index] += len(x)
-
-        return layer.module.register_forward_pre_hook(hook)
-
-    handles = [watch(index, layer) for index, layer in enumerate(layers)]
-    training = model.training
-    model.eval()
-    try:
-        for batch in batches:
-            model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(training)
-    if not all(tokens):
-        raise ConfigError(
-            "merge: `approximate` gave no token to some layer; pass batches that reach every adapted layer"
-        )
     deltas = []
-    for layer, total, count in zip(layers, sums, tokens, strict=True):
+    for layer, stats in zip(layers, gate_statistics(model, layers, batches), strict=True):
         A, B, _, _ = layer.factors(layer.module.flow)
-        gate = (total / count).to(B.device, torch.float32)
-        deltas.append(layer.scale * (B.float() * gate) @ A.float())
+        gate = stats.mean().to(B.device, torch.float32)
+        deltas.append(layer.scale * (B.detach().float() * gate) @ A.detach().float())
     return deltas

@@ -1,0 +1,100 @@
+"""What routed cores do on data: mean gate and load of every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polyrank.errors import ConfigError, MergeError
+from polyrank.layers.linear import AdaptedLinear, View
+
+
+class GateStatistics:
+    """Sums over tokens of one layer's gates.
+
+    Attributes:
+        gate: (columns of B,) sum of the gates, fp64.
+        chosen: (columns of B,) number of tokens whose gate is not zero, fp64.
+        tokens: number of real tokens seen.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.gate = torch.zeros(width, dtype=torch.float64)
+        self.chosen = torch.zeros(width, dtype=torch.float64)
+        self.tokens = 0
+
+    def mean(self) -> Tensor:
+        """Return the mean gate of each rank."""
+        return self.gate / max(self.tokens, 1)
+
+    def load(self) -> Tensor:
+        """Return each rank's share of all choices; sums to one."""
+        return self.chosen / self.chosen.sum().clamp_min(1)
+
+    def entropy(self) -> float:
+        """Return the entropy of the load over log(ranks): 1 is even, 0 is a single rank."""
+        load = self.load()
+        if len(load) < 2:
+            return 1.0
+        return float(-(load * load.clamp_min(1e-300).log()).sum() / torch.tensor(float(len(load))).log())
+
+
+def has_gates(view: View) -> bool:
+    """Say whether a core can show its gates."""
+    return hasattr(view.core, "gates_of")
+
+
+@torch.no_grad()
+def gate_statistics(
+    model: nn.Module, views: list[View], batches: Iterable[dict[str, Any]]
+) -> list[GateStatistics]:
+    """Run batches through a model and sum the gates of some of its layers; padding does not count.
+
+    Raises:
+        MergeError: if a core has no gates.
+        ConfigError: if the batches reach some layer with no token.
+    """
+    found = [GateStatistics(view.core.widths[1]) for view in views]
+    for view in views:
+        if not has_gates(view):
+            raise MergeError(
+                f"gates: the core {type(view.core).__name__} has none to average; keep the adapter unmerged"
+            )
+    handles = [
+        view.module.register_forward_pre_hook(_Watch(view, stats))
+        for view, stats in zip(views, found, strict=True)
+    ]
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    if not all(stats.tokens for stats in found):
+        raise ConfigError("gates: the batches gave no token to some layer; pass batches that reach all of them")
+    return found
+
+
+class _Watch:
+    def __init__(self, view: View, stats: GateStatistics) -> None:
+        self.view, self.stats = view, stats
+
+    def __call__(self, module: AdaptedLinear, args: tuple[Any, ...]) -> None:
+        view, flow = self.view, module.flow
+        x = args[0].reshape(-1, args[0].shape[-1])
+        mask = flow.tokens(view.site.masks, args[0].shape[:-1])
+        x = x if mask is None else x[mask.reshape(-1)]
+        A, _, core, _ = view.factors(flow)
+        rows = core.rows()
+        z = None if rows is None else F.linear(x.float(), rows.float())
+        gates = core.gates_of(F.linear(x, A.to(x.dtype)), z).double().cpu()
+        self.stats.gate += gates.sum(0)
+        self.stats.chosen += (gates != 0).double().sum(0)
+        self.stats.tokens += len(x)
