@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,11 @@ from polyrank.frame import Core, Flow, Layer, Method, Site, keyed, seed_of
 from polyrank.layers.compat import BaseTunerLayer, check_adapters_to_merge, in_out_features
 from polyrank.ops.philox import dropout as seeded_dropout
 from polyrank.ops.rank_gate import rank_gate
+
+
+def wide(t: Tensor) -> Tensor:
+    """Return t in fp32, or as it is in fp64."""
+    return t if t.dtype == torch.float64 else t.float()
 
 
 class Factor(nn.Module):
@@ -131,34 +137,34 @@ class View(Layer):
             if counts is not None:
                 core.count(counts)
             return y
-        if dropout:
-            x = seeded_dropout(x, dropout, seed)
-        h = F.linear(x, A.to(x.dtype))
-        rows = core.rows()
-        z = None if rows is None else F.linear(x.float(), rows.float())
-        q = core(h, z, flow.at(mask))
-        y = y + F.linear(q, B.to(q.dtype)).to(y.dtype) * self.scale
-        if self.shadow is not None:
-            A0, B0, delta = self.shadow
-            h0 = F.linear(x, A0.to(x.dtype))
-            h0 = h0 if delta is None else F.linear(h0, delta.to(h0.dtype))
-            y = y - F.linear(h0, B0.to(h0.dtype)) * self.scale
-        return y
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        if autocast:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        # Logits rounded to bf16 by autocast would tie, and change the choice of some tokens.
+        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+            x_hat = seeded_dropout(x, dropout, seed) if dropout else x
+            rows = core.rows()
+            z = None if rows is None else F.linear(wide(x_hat), wide(rows))
+            q = core(F.linear(x_hat, A.to(x.dtype)), z, flow.at(mask))
+            update = F.linear(q, B.to(q.dtype))
+            if self.shadow is not None:
+                A0, B0, delta = self.shadow
+                h0 = F.linear(x, A0.to(x.dtype))
+                h0 = h0 if delta is None else F.linear(h0, delta.to(h0.dtype))
+                update = update - F.linear(h0, B0.to(h0.dtype))
+            return y + update.to(y.dtype) * self.scale
 
     def delta(self, condition: Tensor | None = None) -> Tensor:
-        """Return the dense update (d_out, d_in) in fp32.
+        """Return the dense update (d_out, d_in) in fp32, in fp64 if the factors are.
 
         Raises:
             MergeError: if the core depends on the token, or on a condition that was not given.
         """
         A, B, core, _ = self.factors(Flow())
-        update = (
-            B.detach().float()
-            @ core.delta(condition).to(B.device, torch.float32).detach()
-            @ A.detach().float()
-        )
+        A, B = wide(A.detach()), wide(B.detach())
+        update = B @ core.delta(condition).detach().to(B) @ A
         if self.shadow is not None:
-            A0, B0, delta = (None if t is None else t.float() for t in self.shadow)
+            A0, B0, delta = (None if t is None else wide(t) for t in self.shadow)
             update = update - B0 @ (A0 if delta is None else delta @ A0)
         update = update * self.scale
         if (gain := core.base_gain()) is not None:
@@ -397,8 +403,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             return
         weight = self.dense_weight()
         for name in names:
-            delta = self.get_delta_weight(name).float()
-            merged = (weight.detach().float() + delta).to(weight.dtype)
+            delta = wide(self.get_delta_weight(name))
+            merged = (wide(weight.detach()) + delta).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
                     f"merge: adapter {name!r} gives non-finite weights (NaNs detected) at "
@@ -413,9 +419,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             name = self.merged_adapters.pop()
             if name in self.views:
                 weight = self.dense_weight()
-                weight.data = (weight.detach().float() - self.get_delta_weight(name).float()).to(
-                    weight.dtype
-                )
+                delta = wide(self.get_delta_weight(name))
+                weight.data = (wide(weight.detach()) - delta).to(weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether the update is one matrix, so that PEFT can turn it into a plain LoRA."""

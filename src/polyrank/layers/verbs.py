@@ -18,7 +18,7 @@ from polyrank.frame import method as make
 from polyrank.layers.adapter import adapter_of
 from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.gates import gate_statistics
-from polyrank.layers.linear import View
+from polyrank.layers.linear import View, wide
 from polyrank.layers.root import hook_of
 
 
@@ -172,7 +172,7 @@ def merge(
     weights = [layer.module.dense_weight() for layer in found.layers]
     for layer, weight, delta in zip(found.layers, weights, deltas, strict=True):
         delta = delta.T if layer.module.transposed else delta
-        weight.data = (weight.detach().float() + delta.to(weight.device)).to(weight.dtype)
+        weight.data = (wide(weight.detach()) + delta.to(weight.device)).to(weight.dtype)
     return cast("nn.Module", model.unload())
 
 
