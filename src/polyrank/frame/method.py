@@ -107,6 +107,9 @@ class _Slots:
 class Method(_Slots):
     """Owns the structure of an adapter. What a subclass leaves out is plain LoRA.
 
+    Class facts:
+        scalings: the conventions that `scaling` may name, each one known to `scale`.
+
     Args:
         r: number of live ranks per layer, >= 1.
         alpha: numerator of the scaling s, > 0.
@@ -115,6 +118,7 @@ class Method(_Slots):
     """
 
     kind: ClassVar[str] = "method"
+    scalings: ClassVar[tuple[str, ...]] = SCALINGS
 
     r: int = 8
     alpha: float = 16.0
@@ -133,12 +137,12 @@ class Method(_Slots):
         if isinstance(self.dropout, numbers.Real) and not 0 <= self.dropout < 1:
             yield f"dropout: got {self.dropout}, expected 0 <= dropout < 1; use 0 to switch it off"
         if isinstance(self.scaling, str):
-            if self.scaling not in SCALINGS:
-                yield f"scaling: got {self.scaling!r}, expected one of {', '.join(SCALINGS)} or a number"
+            if self.scaling not in self.scalings:
+                yield f"scaling: got {self.scaling!r}, expected one of {', '.join(self.scalings)} or a number"
             elif self.scaling == "alpha/k" and not hasattr(self, "k"):
                 yield "scaling: got 'alpha/k', but this method has no k (active ranks); use 'alpha/r'"
         elif not isinstance(self.scaling, numbers.Real) or isinstance(self.scaling, bool):
-            yield f"scaling: got {self.scaling!r}, expected one of {', '.join(SCALINGS)} or a number"
+            yield f"scaling: got {self.scaling!r}, expected one of {', '.join(self.scalings)} or a number"
 
     def scale(self, site: Site) -> float:
         """Return s for one site; the convention is an option and is saved with the adapter."""
@@ -210,9 +214,14 @@ class Method(_Slots):
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy(_Slots):
-    """Adds losses, penalties, rules or replay to any method; owns no structure."""
+    """Adds losses, penalties, rules or replay to any method; owns no structure.
+
+    Class facts:
+        pools: whether the data of all tasks are trained on at once.
+    """
 
     kind: ClassVar[str] = "strategy"
+    pools: ClassVar[bool] = False
 
     @classmethod
     def samples(cls) -> list[Strategy]:
