@@ -363,6 +363,22 @@ def test_every_metric_has_its_own_printed_definition():
     assert len(set(printed.values())) == len(printed)
 
 
+def test_load_entropy_by_hand():
+    assert metrics.load_entropy([3, 3, 3]) == near(1)
+    assert metrics.load_entropy([0.25] * 7) == near(1)
+    assert metrics.load_entropy([0, 9, 0, 0]) == 0
+    # Two of four ranks alike: ln 2 / ln 4.
+    assert metrics.load_entropy([5, 0, 5, 0]) == near(0.5)
+    assert metrics.load_entropy(np.array([1, 3])) == near(
+        -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2)
+    )
+    assert math.isnan(metrics.load_entropy([4]))
+    assert math.isnan(metrics.load_entropy([0, 0]))
+    for wrong in ([1, -1], [1, NAN], [1, math.inf]):
+        with pytest.raises(ConfigError, match="expected finite numbers of at least 0; pass how"):
+            metrics.load_entropy(wrong)
+
+
 def test_restricted_accuracy_is_at_least_unrestricted_for_the_same_logits():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(400, 6)), rng.integers(0, 6, 400)

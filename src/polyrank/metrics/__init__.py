@@ -5,6 +5,7 @@ all numbers of a run.
 """
 
 from polyrank.metrics._summary import definitions, summary
+from polyrank.metrics.routing import load_entropy
 from polyrank.metrics.survey import (
     average_accuracy,
     average_accuracy_curve,
@@ -46,6 +47,7 @@ __all__ = [
     "forward_transfer_avalanche",
     "forward_transfer_gem",
     "intransigence",
+    "load_entropy",
     "summary",
     "weighted_average_accuracy",
     "weighted_average_incremental_accuracy",

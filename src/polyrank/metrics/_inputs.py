@@ -20,7 +20,7 @@ def square(matrix: Scores, limits: Limits) -> Array:
     Raises:
         ConfigError: if the matrix is empty or not square, or a score lies outside `limits`.
     """
-    rows = [_vector(row, f"row {i}") for i, row in enumerate(_plain(matrix, "matrix"))]
+    rows = [vector(row, f"row {i}") for i, row in enumerate(_plain(matrix, "matrix"))]
     if not rows:
         raise ConfigError(
             "matrix: got no rows, expected one per trained task; evaluate a task first"
@@ -41,31 +41,31 @@ def square(matrix: Scores, limits: Limits) -> Array:
 
 def reference(values: Scores, size: int, limits: Limits, name: str) -> Array:
     """Accuracies of a reference model, one per task, as float64 of length K."""
-    vector = _vector(values, name)
-    if len(vector) != size:
+    scores = vector(values, name)
+    if len(scores) != size:
         raise ConfigError(
-            f"{name}: got {len(vector)} values, expected {size}, one per task of the matrix; "
+            f"{name}: got {len(scores)} values, expected {size}, one per task of the matrix; "
             "put NaN where a task was not measured"
         )
-    _check_limits(vector, limits, name)
-    return vector
+    _check_limits(scores, limits, name)
+    return scores
 
 
 def sample_counts(counts: Scores, size: int) -> Array:
     """Number of test samples per task, all finite and above 0."""
-    vector = _vector(counts, "counts")
-    if len(vector) != size:
+    values = vector(counts, "counts")
+    if len(values) != size:
         raise ConfigError(
-            f"counts: got {len(vector)} values, expected {size}, one per task of the matrix; "
+            f"counts: got {len(values)} values, expected {size}, one per task of the matrix; "
             "give the number of test samples of every task"
         )
-    bad = [j for j, n in enumerate(vector) if not (np.isfinite(n) and n > 0)]
+    bad = [j for j, n in enumerate(values) if not (np.isfinite(n) and n > 0)]
     if bad:
         raise ConfigError(
-            f"counts: got {vector[bad[0]]:g} for task {bad[0]}, expected a number above 0; "
+            f"counts: got {values[bad[0]]:g} for task {bad[0]}, expected a number above 0; "
             "a task without test samples has no accuracy, leave it out of the stream"
         )
-    return vector
+    return values
 
 
 def trained(k: int | None, size: int) -> int:
@@ -109,7 +109,8 @@ def _plain(values: Scores, name: str) -> Any:
     return values
 
 
-def _vector(values: Scores, name: str) -> Array:
+def vector(values: Scores, name: str) -> Array:
+    """A copy of one-dimensional numbers in float64; None becomes NaN."""
     try:
         vector: Array = np.array(_plain(values, name), dtype=np.float64)
     except (TypeError, ValueError) as error:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from polyrank.errors import ConfigError
-from polyrank.metrics import survey, variants
+from polyrank.metrics import routing, survey, variants
 from polyrank.metrics._inputs import (
     Array,
     Limits,
@@ -36,6 +36,7 @@ _FUNCTIONS: dict[str, Callable[..., object]] = {
         variants.forward_transfer_avalanche,
         variants.forgetting_pilot,
         variants.average_accuracy_pilot,
+        routing.load_entropy,
     )
 }
 _MARK = "Definition: "
