@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from polyrank.errors import ConfigError
+from polyrank.errors import ConfigError, nearest
 from polyrank.frame.core import Core
 from polyrank.frame.plain import Identity, KaimingZero
 from polyrank.frame.site import Site
@@ -41,6 +41,8 @@ class _Slots:
         merges: "exact", "per-condition" or "never".
         neutral: the model at start equals the base bit for bit.
         needs: what the stream must give: "task_id", "condition", "class_names", "boundary", "replay" …
+        choices: the values that an option may take, by option.
+        least: the smallest value that an option may take, by option.
     """
 
     name: ClassVar[str] = ""
@@ -49,6 +51,8 @@ class _Slots:
     merges: str = "exact"
     neutral: bool = True
     needs: frozenset[str] = frozenset()
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {}
+    least: ClassVar[Mapping[str, float]] = {}
 
     def problems(self) -> Iterator[str]:
         """Yield one sentence per wrong option: what, got, expected, what to do."""
@@ -56,7 +60,19 @@ class _Slots:
 
     def checks(self) -> list[str]:
         """Return all problems, the method's own and those of every option's type."""
-        return [*self._types(), *self.problems()]
+        found = [*self._types(), *self._ranges()]
+        return found + self._own(bool(found))
+
+    def _own(self, mistyped: bool) -> list[str]:
+        found = []
+        try:
+            for problem in self.problems():
+                found.append(problem)  # noqa: PERF402 - those before an exception count
+        except TypeError:
+            # A comparison with an option of the wrong type, which is reported already.
+            if not mistyped:
+                raise
+        return found
 
     def _types(self) -> Iterator[str]:
         for spec in fields(self):  # type: ignore[arg-type]
@@ -70,6 +86,19 @@ class _Slots:
                     yield f"{spec.name}: got {value!r}, expected {'an integer' if whole else 'a finite number'}"
             elif isinstance(default, bool) and not isinstance(value, bool):
                 yield f"{spec.name}: got {value!r}, expected true or false"
+            elif str(spec.type) == "str" and not isinstance(value, str):
+                yield f"{spec.name}: got {value!r}, expected a word"
+
+    def _ranges(self) -> Iterator[str]:
+        for name, words in self.choices.items():
+            got = getattr(self, name)
+            if got not in words:
+                guess = nearest(str(got), words) or " choose one"
+                yield f"{name}: got {got!r}, expected one of {', '.join(words)};{guess}"
+        for name, least in self.least.items():
+            got = getattr(self, name)
+            if isinstance(got, numbers.Real) and got < least:
+                yield f"{name}: got {got}, expected >= {least:g}"
 
     def options(self) -> dict[str, Any]:
         """Return all options as plain values, ready for JSON."""
@@ -127,7 +156,8 @@ class Method(_Slots):
 
     def checks(self) -> list[str]:
         """Return all problems, those of the shared options included."""
-        return [*self._types(), *self._shared(), *self.problems()]
+        found = [*self._types(), *self._ranges()]
+        return [*found, *self._shared(), *self._own(bool(found))]
 
     def _shared(self) -> Iterator[str]:
         if isinstance(self.r, int) and self.r < 1:
