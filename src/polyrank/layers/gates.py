@@ -32,15 +32,8 @@ class GateStatistics:
         return self.gate / max(self.tokens, 1)
 
     def load(self) -> Tensor:
-        """Return each rank's share of all choices; sums to one."""
-        return self.chosen / self.chosen.sum().clamp_min(1)
-
-    def entropy(self) -> float:
-        """Return the entropy of the load over log(ranks): 1 is even, 0 is a single rank."""
-        load = self.load()
-        if len(load) < 2:
-            return 1.0
-        return float(-(load * load.clamp_min(1e-300).log()).sum() / torch.tensor(float(len(load))).log())
+        """Return the share of tokens on which each rank was active; sums to the active ranks."""
+        return self.chosen / max(self.tokens, 1)
 
 
 def has_gates(view: View) -> bool:

@@ -1,0 +1,61 @@
+"""The frozen probe: what a linear classifier reads from the untouched base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from polyrank.engine.data import batches
+from polyrank.streams import Stream
+
+
+@torch.no_grad()
+def features(model: nn.Module, head: str, rows: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (inputs of the classifier (n, d), labels (n,))."""
+    seen: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    handle = model.get_submodule(head).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].float().cpu().numpy())
+    )
+    device = next(model.parameters()).device
+    try:
+        for batch in batches(rows, size):
+            model.eval()(pixel_values=batch["pixel_values"].to(device))
+            labels.append(batch["labels"].numpy())
+    finally:
+        handle.remove()
+    return np.concatenate(seen), np.concatenate(labels)
+
+
+def frozen_probe(model: nn.Module, head: str, stream: Stream, size: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Fit a logistic regression on frozen features of all tasks so far, after every task.
+
+    It keeps the features of old tasks and so cannot forget: it says what the base alone is worth.
+
+    Returns:
+        (restricted, unrestricted, number of fitted weights).
+    """
+    train = [features(model, head, task.data["train"], size) for task in stream]
+    test = [features(model, head, task.data["test"], size) for task in stream]
+    count = len(stream)
+    restricted = np.full((count, count), np.nan)
+    unrestricted = np.full((count, count), np.nan)
+    fitted = 0
+    for row in range(count):
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        probe.fit(np.concatenate([x for x, _ in train[: row + 1]]), np.concatenate([y for _, y in train[: row + 1]]))
+        classes = probe.classes_
+        fitted = probe[-1].coef_.size + probe[-1].intercept_.size
+        for column in range(row + 1):
+            x, y = test[column]
+            odds = probe.predict_log_proba(x)
+            own = np.isin(classes, stream[column].classes)
+            unrestricted[row, column] = float((classes[odds.argmax(1)] == y).mean())
+            restricted[row, column] = float((classes[np.where(own, odds, -np.inf).argmax(1)] == y).mean())
+    return restricted, unrestricted, fitted

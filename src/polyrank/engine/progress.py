@@ -1,0 +1,47 @@
+"""A progress bar with system, task, step, loss and time left."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Bar:
+    """Shows events of a run on a terminal; silent if standard error is none, or if `on` is False."""
+
+    def __init__(self, on: bool | None = None) -> None:
+        self.on = sys.stderr.isatty() if on is None else on
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not self.on,
+            transient=True,
+        )
+        self.task: Any = None
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        """Take one event."""
+        if event == "phase":
+            if self.task is not None:
+                self.progress.remove_task(self.task)
+            where = f"{fields['system']}: {fields['task']}"
+            self.task = self.progress.add_task(where, total=fields["total"], loss="-")
+        elif event == "step" and self.task is not None:
+            self.progress.update(self.task, completed=fields["step"], loss=f"{fields['loss']:.3f}")
