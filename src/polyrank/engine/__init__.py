@@ -11,7 +11,8 @@ _HOMES = {
     "Trainer": "polyrank.engine.trainer",
     "TrainerMixin": "polyrank.engine.trainer",
     "attach": "polyrank.engine.attachment",
-    "attach_automatically": "polyrank.engine.attachment",
+    "attach_automatically": "polyrank.engine.automatic",
+    "REFERENCES": "polyrank.engine.loop",
     "run": "polyrank.engine.loop",
 }
 

@@ -7,18 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from polyrank.errors import CheckpointError, ConfigError, InertError
-from polyrank.frame import PenaltyRule, Rule, Step, Strategy, conflicts
+from polyrank.frame import Rule, Step, Strategy, conflicts, seed_of
 from polyrank.layers import ModelAdapter, adapter_of, ensure_flow, hook_of
-from polyrank.layers.root import HOOKS
-
-# Forwards of one update; a power of two far above any accumulation, so that dropout keys never meet.
-FORWARDS = 1 << 20
 
 
 class Attachment:
@@ -51,7 +47,7 @@ class Attachment:
         self.total, self.accumulation, self.scaler = total, accumulation, scaler
         self.task, self.phase, self.seed = task, phase, seed
         self.index, self.peak = 0, 0.0
-        self.begun = self.graded = False
+        self.begun = self.graded = self.busy = False
         rules: list[Rule] = [*adapter.method.all_rules()]
         for strategy in strategies:
             rules += strategy.all_rules()
@@ -62,7 +58,7 @@ class Attachment:
             rule.bind(adapter, optimizer, workshop)
         self.flow = ensure_flow(model)
         self.flow.attached.add(adapter.name)
-        self.flow.watchers.append(self._forward)
+        self.flow.watchers.append(self.begin)
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -75,17 +71,29 @@ class Attachment:
         names = {id(p): name for name, p in model.named_parameters()}
         if missing := [names.get(i, "?") for i in trained if i not in place]:
             yield (
-                f"optimizer: misses {len(missing)} trainable tensors of adapter {self.adapter.name!r} "
-                f"({', '.join(sorted(missing)[:3])}); build it from polyrank.parameter_groups(model, lr=...)"
+                f"optimizer: misses {len(missing)} trainable tensors of adapter "
+                f"{self.adapter.name!r} ({', '.join(sorted(missing)[:3])}); "
+                "build it from polyrank.parameter_groups(model, lr=...)"
             )
             return
         found = self.adapter.method.groups(self.adapter, None)
-        rates = [(place[id(p)]["lr"], group.lr) for group in found for p in group.params]
+        served = {"adamw", *getattr(self.optimizer, "updates", ())}
+        if strange := sorted({group.update for group in found} - served):
+            yield (
+                f"optimizer: {self.adapter.method.name!r} asks for the updates {strange}, which "
+                f"{type(self.optimizer).__name__} does not serve; use the method's own optimiser"
+            )
+        # A scheduler may have set the rate to zero for its first step.
+        rates = [
+            (float(place[id(p)].get("initial_lr", place[id(p)]["lr"])), group.lr)
+            for group in found
+            for p in group.params
+        ]
         first = next((rate / factor for rate, factor in rates), 0.0)
         if any(abs(rate - first * factor) > 1e-6 * abs(first * factor) for rate, factor in rates):
             yield (
-                f"optimizer: {self.adapter.method.name!r} trains groups at different rates, the optimiser does not; "
-                "build it from polyrank.parameter_groups(model, lr=...)"
+                f"optimizer: {self.adapter.method.name!r} trains groups at different rates, the "
+                "optimiser does not; build it from polyrank.parameter_groups(model, lr=...)"
             )
         gates = [p for group in found if group.weight_decay == 0.0 for p in group.params]
         if any(place[id(p)].get("weight_decay", 0.0) for p in gates):
@@ -108,37 +116,61 @@ class Attachment:
             seed=self.seed,
         )
 
-    def _forward(self, training: bool) -> None:
-        if not training:
+    def begin(self) -> None:
+        """Begin an update; within an update a further call changes nothing.
+
+        Every training forward calls it, unless it is compiled: then call it before the forward in
+        one's own loop. An update that a loss scaler skipped is begun again under the same index.
+        """
+        if self.busy:
             return
-        scale = self.scaler.get_scale() if self.scaler is not None else 1.0
+        scale: float | Tensor = 1.0
+        if self.scaler is not None:
+            # On the device: asking for the number would wait for all work before.
+            scale = self.scaler.scale(torch.ones((), device=self.adapter.trained()[0].device))
         self.flow.aux = scale / self.accumulation
         if self.graded:
             # The gradients were seen, but no step came: a loss scaler skipped it.
             self.begun = self.graded = False
         if not self.begun:
             self.begun = True
-            self.flow.draw = self.index * FORWARDS
+            self.flow.draw.fill_(seed_of("draw", self.seed, self.task, self.phase, self.index))
             for rule in self.rules:
                 rule.begin(self.step())
 
     def before_clip(self) -> bool:
         """Run the rules that work on gradients; call it before clipping in one's own loop.
 
-        The gradients must be complete, reduced and unscaled. Without this call the rules run right before the
-        optimiser's step. Returns whether there was any such rule.
+        The gradients must be complete, reduced and unscaled. Without this call the rules run right
+        before the optimiser's step. Returns whether there was any such rule.
         """
         if not self.graded:
+            # A rule may run the model on other data; that is no new update.
+            self.busy = True
+            try:
+                for rule in self.rules:
+                    rule.grads(self.step())
+            finally:
+                self.busy = False
             self.graded = True
-            for rule in self.rules:
-                rule.grads(self.step())
         return self.works_on_gradients()
 
     def works_on_gradients(self) -> bool:
         """Say whether any rule reads or writes gradients."""
-        return any(type(rule).grads is not Rule.grads for rule in self.rules)
+        return bool(self._overriding("grads"))
+
+    def _overriding(self, moment: str) -> list[str]:
+        return [r.name for r in self.rules if getattr(type(r), moment) is not getattr(Rule, moment)]
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self.begun and (late := self._overriding("begin")):
+            raise InertError(
+                f"rules {late} of {self.adapter.method.name!r} begin before the first forward of "
+                "an update, which was compiled or did not pass the model's root; call begin() of "
+                "the attachment before it"
+            )
+        if _found_inf(optimizer):
+            return
         scale = getattr(optimizer, "grad_scale", None)
         if not self.graded and scale is not None and self.works_on_gradients():
             # A fused optimiser would unscale inside its step, after the rules.
@@ -151,8 +183,8 @@ class Attachment:
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.begun = self.graded = False
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
+        self.flow.stepped.add(self.adapter.name)
+        if _found_inf(optimizer):
             return
         step = self.step()
         for rule in self.rules:
@@ -161,11 +193,13 @@ class Attachment:
 
     def detach(self) -> None:
         """Take the hooks off again; the optimiser and the model stay usable."""
-        for handle in self._handles:
-            handle.remove()
-        self.flow.attached.discard(self.adapter.name)
-        self.flow.watchers.remove(self._forward)
-        self.flow.aux = 1.0
+        if self._handles:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+            self.flow.attached.discard(self.adapter.name)
+            self.flow.watchers.remove(self.begin)
+            self.flow.aux = 1.0
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, plain values) of all rules."""
@@ -190,8 +224,8 @@ class Attachment:
         own = {rule.name for rule in self.rules}
         if own != set(plain["rules"]):
             raise CheckpointError(
-                f"rules: the checkpoint holds {sorted(plain['rules'])}, this run has {sorted(own)}; "
-                "resume with the method and strategies that the run was started with"
+                f"rules: the checkpoint holds {sorted(plain['rules'])}, this run has "
+                f"{sorted(own)}; resume with the method and strategies that the run began with"
             )
         self.index, self.peak = int(plain["index"]), float(plain["peak"])
         for rule in self.rules:
@@ -203,7 +237,7 @@ class Attachment:
             rule.restore(values)
 
     def save(self, folder: str | Path) -> None:
-        """Write the state beside a checkpoint's other files, as safetensors and JSON, aside and renamed."""
+        """Write the state beside a checkpoint's other files: safetensors and JSON, then renamed."""
         tensors, plain = self.state()
         base = Path(folder)
         save_file(
@@ -228,6 +262,12 @@ class Attachment:
             )
         plain = json.loads((base / "polyrank_rules.json").read_text(encoding="utf-8"))
         self.restore(load_file(str(base / "polyrank_rules.safetensors")), plain)
+
+
+def _found_inf(optimizer: Optimizer) -> bool:
+    """Say whether a loss scaler told a fused optimiser to skip; `step` is called all the same."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def attach(
@@ -260,20 +300,21 @@ def attach(
         workshop: services of the engine, if it runs the loop.
 
     Returns:
-        The attachment; call its `before_clip()` before clipping gradients, and `detach()` when done.
+        The attachment; call its `before_clip()` before clipping, and `detach()` when done.
 
     Raises:
         ConfigError: if the optimiser does not hold what trains, at the rates that the method needs.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     found = adapter_of(model, adapter)
-    if found.name in ensure_flow(_root(model)).attached:
+    if found.name in ensure_flow(root_of(model)).attached:
         raise ConfigError(
-            f"attach: adapter {found.name!r} is attached already; call detach() on the old attachment first"
+            f"attach: adapter {found.name!r} is attached already; "
+            "call detach() on the old attachment first"
         )
     return Attachment(
         inner,
-        _root(model),
+        root_of(model),
         found,
         strategies=strategies,
         total=total,
@@ -286,7 +327,7 @@ def attach(
     )
 
 
-def _root(model: nn.Module) -> nn.Module:
+def root_of(model: nn.Module) -> nn.Module:
     """Return the module that carries the flow's hook."""
     for module in model.modules():
         hook = hook_of(module)
@@ -297,37 +338,3 @@ def _root(model: nn.Module) -> nn.Module:
     raise ConfigError(
         "model: no polyrank adapter found; make one with polyrank.adapt(model, method)"
     )
-
-
-def attach_automatically() -> Any:
-    """Attach rules at the first step of any torch optimiser, for trainers whose class one cannot choose.
-
-    Only rules that act after an update can join this late; a method whose rules must see gradients before clipping,
-    or the start of an update, raises `InertError` and names the way that works.
-
-    Returns:
-        A handle; its `remove()` ends it.
-    """
-
-    def first_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for hook in list(HOOKS):
-            model = hook.root() if hook.root is not None else None
-            for name, view in hook.probes.items():
-                if model is None or name in hook.flow.attached or id(view.B) not in held:
-                    continue
-                attached = attach(optimizer, model, adapter=name)
-                early = [
-                    rule.name
-                    for rule in attached.rules
-                    if type(rule).begin is not Rule.begin
-                    or (type(rule).grads is not Rule.grads and not isinstance(rule, PenaltyRule))
-                ]
-                if early:
-                    attached.detach()
-                    raise InertError(
-                        f"rules {early} of {view.method.name!r} cannot join at an optimiser's step; use "
-                        "polyrank.Trainer, polyrank.TrainerMixin or polyrank.attach(optimizer, model)"
-                    )
-
-    return register_optimizer_step_pre_hook(first_step)

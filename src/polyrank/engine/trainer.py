@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer as _Trainer
 
-from polyrank.engine.attachment import Attachment, attach
+from polyrank.engine.attachment import Attachment, attach, root_of
 from polyrank.errors import ConfigError
-from polyrank.frame import Strategy
-from polyrank.layers import adapter_of, hook_of, parameter_groups
+from polyrank.frame import Flow, Strategy
+from polyrank.layers import adapter_of, ensure_flow, parameter_groups
 
 if TYPE_CHECKING:
     _Base = _Trainer
 else:
     _Base = object
 
-EXTRA = ("task", "role", "condition")
+EXTRA = {"task", "role", "condition"}
+# Optimisers that choose their own parameters (GaLore, LOMO, layer-wise ones) get them this way.
+OWN_GROUPS = {"params", "model", "optimizer_dict"}
 
 
 class TrainerMixin(_Base):
-    """Adds a method's groups, rules and conditions to a trainer: `class T(polyrank.TrainerMixin, SFTTrainer)`.
+    """Adds a method's groups, rules and conditions: `class T(polyrank.TrainerMixin, SFTTrainer)`.
 
-    A batch may carry `condition` (batch, c), `task` and `role` (batch,); they reach the method and not the model.
+    A batch may carry `condition` (batch, c), `task` and `role` (batch,); they reach the method and
+    not the model.
     """
 
     attachment: Attachment | None = None
@@ -39,44 +43,50 @@ class TrainerMixin(_Base):
 
     def _refuse(self) -> None:
         method = adapter_of(self._inner()).method
-        kind = str(self.accelerator.distributed_type).rsplit(".", 1)[-1]
-        fsdp1 = (
-            kind == "FSDP" and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1
-        )
-        if method.steered() and (kind == "DEEPSPEED" or fsdp1):
+        if self.args.n_gpu > 1:
             raise ConfigError(
-                f"distribution: {kind} hides or shards what the rules of {method.name!r} must read and write; "
-                "use DDP, or FSDP2 by loading the model sharded"
+                f"distribution: got {self.args.n_gpu} devices in one process, whose threads would "
+                "share one mask and one condition; start with torchrun or accelerate launch, or "
+                "choose one device by CUDA_VISIBLE_DEVICES"
             )
+        if self._sharded() and method.steered():
+            raise ConfigError(
+                f"distribution: {self._kind()} hides or shards what the rules of {method.name!r} "
+                "must read and write; use DDP, or FSDP2 by loading the model sharded"
+            )
+
+    def _kind(self) -> str:
+        return str(self.accelerator.distributed_type).rsplit(".", 1)[-1]
+
+    def _sharded(self) -> bool:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        first = self._kind() == "FSDP" and getattr(plugin, "fsdp_version", 1) == 1
+        return first or self._kind() == "DEEPSPEED"
 
     def _inner(self) -> nn.Module:
         return cast("nn.Module", self.accelerator.unwrap_model(self.model))
+
+    def _flow(self) -> Flow:
+        return ensure_flow(root_of(self._inner()))
 
     # --- optimiser -------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimiser over the method's groups and bind its rules."""
+        inherited = super().create_optimizer
+        if self._sharded():
+            return inherited() if model is None else inherited(model)
         inner = self._inner()
         if self.optimizer is None:
-            adapter = adapter_of(inner)
-            groups = parameter_groups(
-                inner, self.args.learning_rate, self.args.weight_decay, adapter=adapter.name
-            )
-            held = {id(p) for group in groups for p in group["params"]}
-            decayed = set(self.get_decay_parameter_names(inner))
-            others = [
-                (n, p) for n, p in inner.named_parameters() if p.requires_grad and id(p) not in held
-            ]
-            for decay in (True, False):
-                params = [p for n, p in others if (n in decayed) is decay]
-                if params:
-                    groups.append(
-                        {"params": params, "weight_decay": self.args.weight_decay if decay else 0.0}
-                    )
-            found = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, cast("Any", inner)
             )
-            self.optimizer = found[0](groups, **found[1])
+            plain = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+            if plain and not OWN_GROUPS & options.keys():
+                groups = parameter_groups(inner, self.args.learning_rate, self.args.weight_decay)
+                self.optimizer = kind(groups, **options)
+        # Keeps what is there; what it builds itself is looked through by attach.
+        inherited()
         self._attach()
         return cast("torch.optim.Optimizer", self.optimizer)
 
@@ -101,55 +111,72 @@ class TrainerMixin(_Base):
             self.attachment.total = num_training_steps
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and leave the model unattached even if training stops half-way."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.attachment is not None:
+                self.attachment.detach()
+
     # --- the update ------------------------------------------------------------------------------
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Hand the batch's condition to the cores; the rest is the trainer's own."""
-        extra = {key: inputs[key] for key in EXTRA if key in inputs}
-        hook = hook_of(self._inner())
-        if hook is not None:
-            hook.flow.ambient = (
-                adapter_of(self._inner()).method.condition({**inputs, **extra}) if extra else None
-            )
-        if self.attachment is not None:
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Begin the update and hand the batch's condition to the cores; the rest is inherited."""
+        if self.attachment is not None and model.training:
             self.attachment.accumulation = getattr(
                 self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps
             )
-        return super().compute_loss(
-            model, {k: v for k, v in inputs.items() if k not in extra}, *args, **kwargs
-        )
+            # Here and not in the model's first forward, which may be compiled.
+            self.attachment.begin()
+        condition, inputs = self._condition(inputs)
+        if condition is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with self._flow().put(ambient=condition):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _condition(self, inputs: Any) -> tuple[Tensor | None, Any]:
+        if not isinstance(inputs, Mapping):
+            return None, inputs
+        attached = self.attachment
+        adapter = adapter_of(self._inner()) if attached is None else attached.adapter
+        plain = {key: value for key, value in inputs.items() if key not in EXTRA}
+        return adapter.method.condition(dict(inputs)), plain
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predict under the batch's condition; without labels no `compute_loss` would see it."""
+        extra = EXTRA & inputs.keys() if isinstance(inputs, Mapping) else ()
+        if not extra:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        moved = dict(inputs)
+        moved.update((key, self._prepare_input(inputs[key])) for key in extra)
+        condition, plain = self._condition(moved)
+        with self._flow().put(ambient=condition):
+            return super().prediction_step(model, plain, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns = self._signature_columns or []
-        self._signature_columns = [*columns, *(name for name in EXTRA if name not in columns)]
+        columns = list(cast("Any", self._signature_columns) or [])
+        cast("Any", self)._signature_columns = [*columns, *sorted(EXTRA - set(columns))]
 
-    def _rules_on_gradients(self) -> bool:
-        """Run the rules on complete, unscaled gradients; True if there are any, and gradients are unscaled now."""
-        attachment = self.attachment
-        if attachment is None or not attachment.works_on_gradients():
-            return False
-        if not attachment.graded:
-            self.accelerator.unscale_gradients()
-        return attachment.before_clip()
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let rules see gradients before they are clipped or measured, as all trainers do here."""
+        super().create_accelerator_and_postprocess()
+        clip = self.accelerator.clip_grad_norm_
 
-    def _clip_grad_norm(self, model: Any) -> Any:
-        if self._rules_on_gradients():
-            # Gradients can be unscaled only once, so the accelerator's own clipping must not run.
-            return nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        return super()._clip_grad_norm(model)
+        def rules_first(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+            attachment = self.attachment
+            if attachment is None:
+                return clip(parameters, max_norm, norm_type=norm_type)
+            first = attachment.works_on_gradients()
+            if first and not attachment.graded:
+                self.accelerator.unscale_gradients()
+            attachment.before_clip()
+            # Gradients can be unscaled only once, so the accelerator's own must not run as well.
+            chosen = nn.utils.clip_grad_norm_ if first else clip
+            return chosen(parameters, max_norm, norm_type=norm_type)
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        if grad_norm is None and self._rules_on_gradients():
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
-        return super()._get_grad_norm(model, grad_norm=grad_norm)
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        output = super()._finalize_training(*args, **kwargs)
-        if self.attachment is not None:
-            self.attachment.detach()
-            self.attachment = None
-        return output
+        self.accelerator.clip_grad_norm_ = rules_first
 
     # --- checkpoints -----------------------------------------------------------------------------
 

@@ -14,27 +14,37 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+def _zero() -> Tensor:
+    # On the CPU even if the model is being built on another device.
+    return torch.zeros((), dtype=torch.int64, device="cpu")
+
+
 @dataclass
 class Flow:
     """One per model, held by reference by every adapted layer.
 
-    It is filled before the base model runs and stays filled until the next forward with gradients, because a
-    checkpointed segment is recomputed in backward and must see what its forward saw. A forward without gradients
-    (evaluation, a teacher) puts back what it found.
+    It is filled before the base model runs and stays filled until the next forward with gradients,
+    because a checkpointed segment is recomputed in backward and must see what its forward saw. A
+    forward without gradients (evaluation, a teacher) puts back what it found. Of two forwards with
+    gradients before one backward, a recompute sees the later one.
 
     Attributes:
-        mask: (batch, seq) bool, the real tokens of the encoder or decoder-only input; None if all are real.
-        decoder_mask: (batch, seq) bool, the real tokens of the decoder input of an encoder-decoder model.
-        condition: (batch, c), what a conditioned core reads: task ids, user vectors, domain weights.
+        mask: (batch, seq) bool, the real tokens of the input; None if all are real.
+        decoder_mask: (batch, seq) bool, those of the decoder's input in an encoder-decoder model.
+        condition: (batch, c), what a conditioned core reads: task ids, user or domain weights.
         ambient: the condition of forwards that bring none of their own.
         lane: (batch,) int64, index into `lanes` of each sample's adapter; -1 is the base model.
         lanes: adapter names that `lane` refers to.
-        view: ``""`` live, ``"base"`` without adapters, else the name of a replica; never touches requires_grad.
+        view: ``""`` live, ``"base"`` without adapters, else the name of a replica; never touches
+            requires_grad.
         aux: factor of losses injected in backward: 1/accumulation steps times the loss scale.
-        draw: number of the training forward, part of the key of every dropout mask.
+        draw: 0-d int64, key of all that is drawn in this training forward; a tensor, so that
+            compiled code need not be compiled again for the next one.
+        learning: True in a forward with gradients; without them none is training, in any mode.
         plain: True if neither view, lane nor condition is set: layers then take the fused path.
         attached: adapters whose rules run at every update.
-        watchers: called before every forward of the model with the model's training flag.
+        stepped: adapters whose rules ran since the last training forward.
+        watchers: called before every training forward of the model.
     """
 
     mask: Tensor | None = None
@@ -45,27 +55,40 @@ class Flow:
     lanes: tuple[str, ...] = ()
     view: str = ""
     aux: float | Tensor = 1.0
-    draw: int = 0
+    draw: Tensor = field(default_factory=_zero)
+    learning: bool = True
     plain: bool = True
     attached: set[str] = field(default_factory=set)
-    watchers: list[Callable[[bool], None]] = field(default_factory=list)
+    stepped: set[str] = field(default_factory=set)
+    watchers: list[Callable[[], None]] = field(default_factory=list)
 
     def live(self, training: bool) -> bool:
         """Say whether this is a training forward that happens for the first time.
 
-        A recompute of a checkpointed segment runs inside backward, where autograd has a graph task; the grad mode
-        cannot tell, because a reentrant checkpoint runs its first pass without gradients.
+        A recompute of a checkpointed segment runs inside backward, where autograd has a graph task.
+        The grad mode inside a layer cannot tell, because a reentrant checkpoint runs its first pass
+        without gradients.
         """
-        if not training or self.view:
+        if not training or self.view or not self.learning:
             return False
         if torch.compiler.is_compiling():
             return True
         return torch._C._current_graph_task_id() == -1
 
     def tokens(self, masks: str, shape: torch.Size) -> Tensor | None:
-        """Return the mask that belongs to activations of leading shape `shape`, or None if all tokens are real."""
+        """Return the mask for activations of leading shape `shape`, or None if all tokens are real.
+
+        Some models flatten (batch, seq) before their feed-forward layers.
+        """
         mask = {"mask": self.mask, "decoder": self.decoder_mask}.get(masks)
-        return mask if mask is not None and mask.shape == shape else None
+        if mask is None or mask.shape == shape:
+            return mask
+        return mask.flatten() if len(shape) == 1 and shape[0] == mask.numel() else None
+
+    def key(self, seed: int) -> int | Tensor:
+        """Return the key of 63 bits that `seed` has in this forward, and in no other."""
+        draw = self.draw if torch.compiler.is_compiling() else int(self.draw)
+        return (seed + draw) & (2**63 - 1)
 
     @contextmanager
     def put(self, **values: object) -> Iterator[Flow]:
@@ -83,11 +106,11 @@ class Flow:
         self.plain = not self.view and self.lane is None and self.condition is None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Flow:
-        """Copy what a forward left, not who watches: a copy of a model in training is not in training."""
-        return replace(self, watchers=[], attached=set())
+        """Copy what a forward left, not who watches: a copy of a model does not train along."""
+        return replace(self, draw=self.draw.clone(), watchers=[], attached=set(), stepped=set())
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "watchers": [], "attached": set()}
+        return {**self.__dict__, "watchers": [], "attached": set(), "stepped": set()}
 
     def at(self, mask: Tensor | None) -> Flow:
         """Return the flow as one layer sees it: `mask` is the one that belongs to its tokens."""
@@ -101,5 +124,6 @@ class Flow:
 
         masks = (pick(self.mask), pick(self.decoder_mask))
         part = Flow(*masks, pick(self.condition), view=self.view, aux=self.aux, draw=self.draw)
+        part.learning = self.learning
         part.plain = part.condition is None and not part.view
         return part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -16,52 +17,78 @@ if TYPE_CHECKING:
     from polyrank.layers.linear import View
 
 CONDITION = "polyrank_condition"
-HOOKS: weakref.WeakSet[FlowHook] = weakref.WeakSet()
+HOOKS: weakref.WeakValueDictionary[int, FlowHook] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+@torch.library.custom_op(
+    "polyrank::training_forward", mutates_args={"draw"}, schema="(Tensor(a!) draw, int hook) -> ()"
+)
+def training_forward(draw: Tensor, hook: int) -> None:
+    """Do what a training forward does first, in compiled code; writing `draw` keeps it there."""
+    draw.add_(1)
+    if hook in HOOKS:
+        HOOKS[hook].check()
 
 
 class FlowHook:
-    """Reads masks and condition from the arguments of a forward; an object, so that copies of the model work."""
+    """Reads masks and condition from a forward's arguments; an object, so that copies work."""
 
     def __init__(self, model: nn.Module, flow: Flow) -> None:
         self.flow = flow
         self.names = [p.name for p in inspect.signature(model.forward).parameters.values()]
         self.before: list[dict[str, object] | None] = []
         self.probes: dict[str, View] = {}
-        self.versions: dict[str, tuple[int, int]] = {}
-        self.root: weakref.ref[nn.Module] | None = None
-        HOOKS.add(self)
+        self._register(weakref.ref(model))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "root": None}
+        return {"flow": self.flow, "names": self.names, "probes": self.probes, "before": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register(None)
+
+    def _register(self, root: weakref.ref[nn.Module] | None) -> None:
+        self.root = root
+        self.seen: dict[str, tuple[int, int]] = {}
+        self.alarms: dict[str, int] = {}
+        self.number = next(_NUMBERS)
+        HOOKS[self.number] = self
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Any]:
         """Fill the flow; note what stood there if this forward is without gradients."""
-        # Noted here and not at construction: a copy of the model brings a copy of the hook.
-        self.root = weakref.ref(module)
-        HOOKS.add(self)
         flow = self.flow
         given = dict(zip(self.names, args, strict=False))
         given.update(kwargs)
-        condition = kwargs.get(CONDITION, flow.ambient)
         values: dict[str, object] = {
             "mask": _real(given.get("attention_mask")),
-            "decoder_mask": _real(given.get("decoder_attention_mask")),
-            "condition": condition,
+            "decoder_mask": _decoded(given),
+            "condition": kwargs.get(CONDITION, flow.ambient),
+            "learning": torch.is_grad_enabled(),
         }
-        if torch.is_grad_enabled():
+        if values["learning"]:
             self.before.append(None)
-            values["draw"] = flow.draw + int(module.training)
             flow._set(values)
-            for watcher in flow.watchers:
-                watcher(module.training)
-            if module.training and self.probes:
-                self._check()
+            if module.training:
+                self._train(module)
         else:
             self.before.append({name: getattr(flow, name) for name in values})
             flow._set(values)
         return args, {k: v for k, v in kwargs.items() if k != CONDITION}
+
+    def _train(self, module: nn.Module) -> None:
+        if torch.compiler.is_compiling():
+            # Rules begin outside of the graph, which would keep the numbers of its first forward.
+            training_forward(self.flow.draw, self.number)
+        elif torch._C._current_graph_task_id() == -1:
+            # A checkpoint around the whole model comes here a second time, in backward.
+            self.root = weakref.ref(module)
+            self.flow.draw.add_(1)
+            for watcher in self.flow.watchers:
+                watcher()
+            self.check()
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Put back what stood in the flow before a forward without gradients."""
@@ -69,21 +96,53 @@ class FlowHook:
         if before is not None:
             self.flow._set(before)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Watch that weights change only together with what their method does at every update.
+
+        Without an attachment the first such change is one too many. With one, the first may be a
+        loaded checkpoint; two in a row mean that another optimiser trains than the attached one.
+
+        Raises:
+            InertError: if the method did not do its part.
+        """
         for name, view in self.probes.items():
             now = (id(view.B), view.B._version)
-            if name in self.flow.attached or not view.B.requires_grad:
-                self.versions.pop(name, None)
-            elif self.versions.setdefault(name, now) != now:
-                raise InertError(
-                    f"adapter {name!r}: its weights changed, but what {view.method.name!r} does at every update did "
-                    "not run, so it would train as something else; use polyrank.Trainer, "
-                    "`class T(polyrank.TrainerMixin, YourTrainer)`, or polyrank.attach(optimizer, model)"
-                )
+            before = self.seen.get(name, now)
+            self.seen[name] = now
+            if now[0] != before[0] or not view.B.requires_grad or name in self.flow.stepped:
+                self.alarms[name] = 0
+            elif now != before:
+                self.alarms[name] = self.alarms.get(name, 0) + 1
+                attached = name in self.flow.attached
+                if self.alarms[name] > attached:
+                    raise InertError(_inert(name, view.method.name, attached))
+        self.flow.stepped.clear()
+
+
+def _inert(name: str, method: str, attached: bool) -> str:
+    if attached:
+        return (
+            f"adapter {name!r}: its weights change, but not by the optimiser that {method!r} is "
+            "attached to; detach() the old attachment and call polyrank.attach(optimizer, model) "
+            "with the one that trains"
+        )
+    return (
+        f"adapter {name!r}: its weights changed, but what {method!r} does at every update did not "
+        "run, so it would train as something else; use polyrank.Trainer, "
+        "`class T(polyrank.TrainerMixin, YourTrainer)`, or polyrank.attach(optimizer, model)"
+    )
 
 
 def _real(mask: Any) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _decoded(given: dict[str, Any]) -> Tensor | None:
+    # Collators pad labels by -100 and make decoder inputs of them, without a mask.
+    labels = given.get("labels")
+    if given.get("decoder_attention_mask") is None and isinstance(labels, Tensor):
+        return labels != -100 if labels.dim() == 2 else None
+    return _real(given.get("decoder_attention_mask"))
 
 
 def hook_of(model: nn.Module) -> FlowHook | None:

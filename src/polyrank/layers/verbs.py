@@ -126,6 +126,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the groups that a torch optimiser needs for a method: rates, decay, gates undecayed.
 
+    What else trains (`modules_to_save`, layers one unfroze) comes after them, vectors undecayed.
+
     >>> optimizer = torch.optim.AdamW(polyrank.parameter_groups(model, lr=1e-4))  # doctest: +SKIP
     """
     found = adapter_of(model, adapter)
@@ -141,6 +143,15 @@ def parameter_groups(
                 **group.options,
             }
         )
+    held = {id(p) for group in groups for p in group["params"]}
+    others = [
+        p
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in held and "polyrank_" not in name
+    ]
+    for matrix, decay in ((True, weight_decay), (False, 0.0)):
+        if params := [p for p in others if (p.dim() >= 2) is matrix]:
+            groups.append({"params": params, "lr": lr, "weight_decay": decay})
     return groups
 
 
