@@ -7,19 +7,25 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo test lint clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+# What a user needs; tests and tools come on top.
+$(RUNS): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV), once; this takes a minute or two."
 	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e .
+	@touch $@
+
+$(STAMP): $(RUNS)
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)
+demo: $(RUNS)
 	$(BIN)/polyrank run
 
 # One thread a process: the tests' tensors are small, and the workers share the cores.

@@ -9,7 +9,13 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.utils import logging
 
 from polyrank.engine.data import TaskRows, batches
 from polyrank.errors import ConfigError, RunError
@@ -137,5 +143,11 @@ def save(model: nn.Module, folder: Path) -> None:
     """Write a base model, so that adapters of the run can be loaded onto it again."""
     if isinstance(model, PreTrainedModel):
         aside = folder.with_name(folder.name + ".part")
-        model.save_pretrained(str(aside))
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            model.save_pretrained(str(aside))
+        finally:
+            if shown:
+                logging.enable_progress_bar()
         aside.replace(folder)

@@ -1,0 +1,5 @@
+"""The command `polyrank`."""
+
+from polyrank.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,93 @@
+"""Puts the sub-commands together and turns errors into one line each and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+# transformers looks at these when it is imported; nothing here trains with TensorFlow or tokenises in threads.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+
+from polyrank.cli import doctor, methods, new_method, report, run
+from polyrank.errors import ConfigError, PolyrankError
+
+# Options that take several values behind one flag, as in `--set r=16 k=4`.
+MANY = ("--set", "--train", "--with", "--references")
+NOISE = (
+    "torch.utils._pytree",
+    "torchao",
+    "bitsandbytes.cextension",
+    "bitsandbytes.backends.cpu.ops",
+    "peft",
+    "accelerate",
+)
+
+app = typer.Typer(
+    name="polyrank",
+    help="Adapt pretrained models to many tasks without losing what they knew. Every rank is an expert.",
+    epilog="Start with `polyrank run`: real data, no network, about a minute. Then `polyrank methods`.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("run", help=run.HELP)(run.command)
+app.command("methods", help=methods.HELP)(methods.command)
+app.command("report", help=report.HELP)(report.command)
+app.command("new-method", help=new_method.HELP)(new_method.command)
+app.command("doctor", help=doctor.HELP)(doctor.command)
+
+
+def spread(arguments: Sequence[str]) -> list[str]:
+    """Repeat a flag before each of its values: `--set r=16 k=4` becomes `--set r=16 --set k=4`."""
+    found: list[str] = []
+    flag = None
+    for word in arguments:
+        if word.startswith("-"):
+            flag = word if word in MANY else None
+            if flag is None:
+                found.append(word)
+        elif flag is not None:
+            found += [flag, word]
+        else:
+            found.append(word)
+    return found
+
+
+def quiet() -> None:
+    """Silence what libraries say about themselves; errors still come through."""
+    for name in NOISE:
+        logging.getLogger(name).addFilter(_errors_only)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|torchao|bitsandbytes)\.")
+
+
+def _errors_only(record: logging.LogRecord) -> bool:
+    # A level would not hold: torch sets the levels of its own loggers when it is imported.
+    return record.levelno >= logging.ERROR
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Exit codes: 0 done, 1 a check of `doctor` failed, 2 something to correct, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    quiet()
+    try:
+        app(spread(words), standalone_mode=True)
+    except ConfigError as error:
+        for problem in error.problems:
+            typer.echo(f"error: {problem}", err=True)
+        sys.exit(2)
+    except PolyrankError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)

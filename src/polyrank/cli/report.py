@@ -1,0 +1,23 @@
+"""`polyrank report`: the page, the picture and the table of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+HELP = """Write report.html, matrix.png and matrix.csv into a run folder and print its tables."""
+
+
+def command(run: Annotated[Path, typer.Argument(help="Folder that `polyrank run` wrote.")]) -> None:
+    """Read the folder, write the files, print."""
+    from polyrank.io import RunFolder
+    from polyrank.reports import report, terminal_table
+
+    written = report(run)
+    console = Console(highlight=False)
+    console.print(terminal_table(RunFolder.open(run).results()))
+    for path in written.values():
+        console.print(str(path), soft_wrap=True)

@@ -1,0 +1,42 @@
+"""NAME=VALUE pairs of the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from polyrank.errors import ConfigError
+
+
+def value(text: str) -> Any:
+    """Read a number, true, false, null, a JSON list or object; anything else is a string."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def pairs(words: Iterable[str], flag: str) -> dict[str, Any]:
+    """Turn ["r=16", "k=4"] into {"r": 16, "k": 4}.
+
+    Raises:
+        ConfigError: naming every word that is no pair, and every name given twice.
+    """
+    found: dict[str, Any] = {}
+    problems = []
+    for word in words:
+        name, sign, text = word.partition("=")
+        if not sign or not name.isidentifier():
+            problems.append(f"{flag}: got {word!r}, expected NAME=VALUE, for example {flag} r=16 k=4")
+        elif name in found:
+            problems.append(f"{flag}: {name!r} is given twice; leave one out")
+        else:
+            found[name] = value(text)
+    if problems:
+        raise ConfigError(problems)
+    return found
