@@ -1,26 +1,29 @@
 """SMoRA: every rank of one LoRA is an expert, and each token chooses k of them.
 
-Idea: a mixture of LoRAs is one wide LoRA whose ranks are switched on in blocks; make the block a single rank.
-Maths: y = W x + b + s · B (g(x) ⊙ A x);  z = W_g x,  p = σ(z),  Ω = the k largest of p + b (ties: lower index),
-    g_i = k · p_i / Σ_Ω p_j on Ω, else 0;  s = alpha / k. Balance after each update: b_i += u · sign(mean(c) − c_i).
+Idea: a mixture of LoRAs is one wide LoRA whose ranks are switched on in blocks; make the block a
+    single rank.
+Maths: y = W x + b + s · B (g(x) ⊙ A x);  z = W_g x,  p = σ(z),  Ω = the k largest of p + b (ties:
+    lower index),  g_i = k · p_i / Σ_Ω p_j on Ω, else 0;  s = alpha / k. Balance after each update:
+    b_i += u · sign(mean(c) − c_i).
 Source: arXiv:2501.15103, section 3, and the released module.
-Differs from the released code: the bias balances and does not weigh (`bias_in_weight=True` gives theirs); it is
-    never trained by the optimiser; counts are summed over an update and over processes, never twice under gradient
-    checkpointing (`balance_every="micro_batch"` steps after every forward); disabled adapters return the base output.
-Limits: no exact merge, since the gate depends on the token. Cost: r (d_in + d_out) + (r / block) d_in weights.
+Differs from the released code: the bias balances and does not weigh (`bias_in_weight=True` gives
+    theirs); it is never trained by the optimiser; counts are summed over an update and over
+    processes, never twice under gradient checkpointing (`balance_every="micro_batch"` steps after
+    every forward); disabled adapters return the base output.
+Limits: no exact merge, as the gate depends on the token. Cost: r (d_in + d_out) + (r / block) d_in.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from polyrank.frame import Adapter, Core, Method, Rule, Site, register
 from polyrank.parts.cores import RankGate
+from polyrank.parts.routers import warn_of_idle_router
 from polyrank.parts.rules import Balance
 
 GATES = {"sigmoid_sum": "sigmoid", "softmax_topk": "softmax"}
@@ -40,7 +43,7 @@ class SMoRA(Method):
         bias_in_weight: whether the balance bias enters the gate's value.
         gate_sum: what the gates of a token sum to: "k" or "1".
         balance: step u of the balance bias, >= 0; 0 switches balancing off.
-        balance_every: "step" (once per optimiser update) or "micro_batch" (after every training forward).
+        balance_every: "step", once per update, or "micro_batch", after every training forward.
     """
 
     r: int = 64
@@ -54,21 +57,25 @@ class SMoRA(Method):
     balance_every: str = "step"
 
     merges = "never"
+    choices: ClassVar = {
+        "gate": tuple(GATES),
+        "gate_sum": ("k", "1"),
+        "balance_every": ("step", "micro_batch"),
+    }
+    least: ClassVar = {"balance": 0}
+
+    def __post_init__(self) -> None:
+        warn_of_idle_router(self.k, self.block, self.r)
 
     def problems(self) -> Iterator[str]:
-        """Check how r, k and block fit, and the names of variants."""
+        """Check how r, k and block fit."""
         if not 1 <= self.k <= self.r:
             yield f"k: got {self.k}, expected 1..r={self.r}; k counts active ranks"
         if self.block < 1 or self.r % self.block or self.k % self.block:
-            yield f"block: got {self.block}, expected a divisor of r={self.r} and of k={self.k}; 1 always fits"
-        if self.gate not in GATES:
-            yield f"gate: got {self.gate!r}, expected one of {', '.join(GATES)}"
-        if self.gate_sum not in ("k", "1"):
-            yield f"gate_sum: got {self.gate_sum!r}, expected 'k' or '1'"
-        if self.balance < 0:
-            yield f"balance: got {self.balance}, expected >= 0; 0 switches balancing off"
-        if self.balance_every not in ("step", "micro_batch"):
-            yield f"balance_every: got {self.balance_every!r}, expected 'step' or 'micro_batch'"
+            yield (
+                f"block: got {self.block}, expected a divisor of r={self.r} and of k={self.k}; "
+                "1 always fits"
+            )
 
     def core(self, site: Site) -> Core:
         """Return the rank gate of one layer."""
@@ -92,22 +99,12 @@ class SMoRA(Method):
         return site.r * (site.d_in + site.d_out) + site.r // self.block * site.d_in
 
     def vital_sign(self, adapter: Adapter) -> dict[str, float]:
-        """Return the spread of the balance bias beside the size of B."""
-        biases = (
-            [
-                b
-                for layer in adapter.layers
-                if isinstance(b := layer.core.get_parameter("balance_bias"), Tensor)
-            ]
-            if self.balance
-            else []
-        )
-        spread = (
-            torch.stack([b.detach().std() for b in biases]).mean()
-            if biases
-            else torch.tensor(math.nan)
-        )
-        return {**super().vital_sign(adapter), "bias_spread": float(spread)}
+        """Return the spread of the balance bias, where it can move, beside the size of B."""
+        found = super().vital_sign(adapter)
+        if self.balance and self.k < self.r:
+            biases = [layer.core.get_parameter("balance_bias") for layer in adapter.layers]
+            found["bias_spread"] = float(torch.stack([b.detach().std() for b in biases]).mean())
+        return found
 
     @classmethod
     def samples(cls) -> list[Method]:
