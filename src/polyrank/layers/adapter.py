@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from polyrank.errors import ConfigError, nearest
+from polyrank.errors import ConfigError, InertError, nearest
 from polyrank.frame import Adapter, Block, Head, Method
 from polyrank.layers.hosts import BlockHost, HeadHost
 from polyrank.layers.linear import AdaptedLinear, View
@@ -59,6 +59,22 @@ class ModelAdapter(Adapter):
     def trained(self) -> list[nn.Parameter]:
         """Return the parameters that require gradients now."""
         return [p for params in self.roles().values() for p in params if p.requires_grad]
+
+    def check_alive(self, before: dict[str, float]) -> dict[str, float]:
+        """Return the vital sign after training that began with the figures `before`.
+
+        Raises:
+            InertError: if a figure was zero before and is zero still.
+        """
+        now = self.method.vital_sign(self)
+        if dead := sorted(name for name, value in now.items() if value == 0 == before.get(name)):
+            raise InertError(
+                f"adapter {self.name!r}: {', '.join(dead)} of {self.method.name!r} stayed zero "
+                "through training, so what the method is about did not happen; check that its rules "
+                "run (polyrank.Trainer, polyrank.TrainerMixin or polyrank.attach), its rates are "
+                "not 0 and its targets see data"
+            )
+        return now
 
 
 def adapter_of(model: nn.Module, name: str | None = None) -> ModelAdapter:

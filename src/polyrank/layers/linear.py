@@ -26,6 +26,9 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
 class Factor(nn.Module):
     """Holds one weight, so that its name in a state dict ends in ``<adapter>.weight`` as PEFT's own do."""
 
@@ -126,7 +129,7 @@ class View(Layer):
             bias = self.module.base_bias()
             y = gain * y if bias is None else gain * (y - bias) + bias
         dropout = self.method.dropout if core.training else 0.0
-        seed = seed_of(self.seed, flow.draw) if dropout else 0
+        seed = flow.key(self.seed) if dropout else 0
         mask = flow.tokens(self.site.masks, x.shape[:-1])
         if core.epilogue != "python":
             count = core.counting and flow.live(core.training)
@@ -308,6 +311,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             if self.merged_adapters:
                 self.unmerge()
             return cast("Tensor", self.base_layer(x, *args, **kwargs))
+        if x.dtype not in FLOATS:
+            path = next((view.site.path for view in self.views.values()), "an adapted layer")
+            raise ConfigError(
+                f"input of {path}: got {x.dtype}, expected float32, bfloat16, float16 or float64; "
+                "embed or cast it before the layer"
+            )
         y = self.base_layer(x, *args, **kwargs)
         if flow.plain:
             if not self.merged_adapters:

@@ -1,0 +1,85 @@
+"""The contract over the registry: a method is covered by being registered.
+
+`pytest tests/contracts -k smora-0-llama` runs one case, `-k "neutral and smora"` one promise.
+"""
+
+from pathlib import Path
+
+import pytest
+
+import polyrank.methods
+from polyrank.errors import ConfigError
+from polyrank.frame import Method, Strategy, get, method, names, slug
+from polyrank.testing import CHECKS, MODELS, check_method, contract_cases, fresh_problems
+
+CASES = contract_cases()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("check", CHECKS)
+def test_contract(check, case):
+    CHECKS[check](case)
+
+
+@pytest.fixture(scope="module")
+def fresh(request):
+    """What went wrong in a fresh process, for the cases that this run selected."""
+    wanted = {
+        item.callspec.params["case"]
+        for item in request.session.items
+        if item.path == request.path and "fresh" in item.fixturenames
+    }
+    return fresh_problems(wanted)
+
+
+# On one worker, so that all cases share one fresh process.
+@pytest.mark.xdist_group("fresh")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_bits_in_a_fresh_process(case, fresh):
+    assert fresh[str(case)] == ""
+
+
+def shipped():
+    files = Path(polyrank.methods.__file__).parent.glob("[!_]*.py")
+    return {slug(file.stem): get(file.stem) for file in files}
+
+
+def test_every_registered_method_is_covered_with_every_sample_in_every_model():
+    methods = {name: cls for name, cls in shipped().items() if issubclass(cls, Method)}
+    assert set(shipped()) <= set(names())
+    assert {"lora", "smora"} <= set(methods)
+    assert len(MODELS) == 6
+    expected = sum(len(cls.samples()) * len(MODELS) for cls in methods.values())
+    assert len(CASES) == len({str(case) for case in CASES}) == expected
+    assert {(case.method.name, case.tiny.name) for case in CASES} == {
+        (name, tiny) for name in methods for tiny in MODELS
+    }
+
+
+def strategies():
+    return [(name, cls) for name, cls in sorted(shipped().items()) if issubclass(cls, Strategy)]
+
+
+@pytest.mark.parametrize(("name", "cls"), strategies(), ids=str)
+def test_samples_of_strategies_are_sound_and_survive_json(name, cls):
+    assert cls.samples()
+    for sample in cls.samples():
+        assert sample.checks() == []
+        assert method(name, **sample.options()) == sample
+        assert [rule.order for rule in sample.all_rules()] == sorted(
+            rule.order for rule in sample.all_rules()
+        )
+
+
+def test_third_parties_call_one_function():
+    assert check_method("lora", models=["llama"]) == 4 * (len(CHECKS) + 1)
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ConfigError, match=r"got \['lama'\], expected some of llama"):
+        contract_cases("lora", models=["lama"])
+
+
+def test_a_contract_held_against_nothing_fails():
+    with pytest.raises(AssertionError, match="against nothing"):
+        check_method("lora", models=[])
