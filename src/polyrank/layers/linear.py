@@ -147,7 +147,7 @@ class View(Layer):
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
             x_hat = seeded_dropout(x, dropout, seed) if dropout else x
             rows = core.rows()
-            z = None if rows is None else F.linear(wide(x_hat), wide(rows))
+            z = None if rows is None else F.linear(wide(x_hat), rows.to(wide(x_hat).dtype))
             q = core(F.linear(x_hat, A.to(x.dtype)), z, flow.at(mask))
             update = F.linear(q, B.to(q.dtype))
             if self.shadow is not None:

@@ -62,9 +62,11 @@ class Case:
         """Return the condition of the batch, or None if the method reads none."""
         if self.condition is not None:
             return self.condition(self.method)
-        # Small numbers: every conditioned method knows at least two tasks.
+        if not self.method.needs & {"condition", "task_id"}:
+            return None
+        # Small numbers: every conditioned method knows two tasks, and two types of samples.
         task = torch.arange(BATCH) % 2
-        return self.method.condition({"task": task, "role": torch.zeros_like(task)})
+        return self.method.condition({"task": task, "condition": task[:, None]})
 
     def shown(self, model: nn.Module, condition: Tensor | None = None) -> AbstractContextManager:
         """Return a context in which forwards of the model see their condition."""
