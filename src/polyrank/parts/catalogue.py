@@ -120,7 +120,7 @@ def _shares(row: Row, got: Mapping[str, Any]) -> Iterator[str]:
             "each type of sample; change experts or leave beta out"
         )
     dense = row.on == "all" or (row.on == "k" and got["k"] >= max(counts))
-    if got["aux"] and got["aux_form"] == "mixtral" and dense:
+    if got["aux"] > 0 and got["aux_form"] == "mixtral" and dense:
         yield (
             "aux: every expert serves every token, so the loss is constant; use "
             "aux_form='switch', z_loss, or a router that leaves experts out"
