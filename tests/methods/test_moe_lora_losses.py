@@ -332,6 +332,16 @@ def test_the_update_of_a_task_comes_out_again():
         assert_close(W + update - update, W, tol=1e-6, reason="one rounding up and one down")
 
 
+def test_merging_for_a_task_keeps_what_was_trained_whole():
+    method = pr.method("moe-lora", router="task", tasks=2, experts=2, r=4)
+    model = pr.adapt(Net(), method, target_modules=["first"], modules_to_save=["second"])
+    with torch.no_grad():
+        trained(model)[-2].normal_()
+    x = inputs(torch.float32)
+    y = model.eval()(x, polyrank_condition=torch.ones(BATCH, 1, dtype=torch.long))
+    assert_close(pr.merge(model, condition=torch.tensor([1]))(x), y)
+
+
 def test_merging_without_a_task_or_with_several_is_refused():
     model = gated()
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -248,7 +248,7 @@ class PolyrankModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, AdaptedLinear):
                 for name in active:
-                    if name in module.views:
+                    if name in module.views and name not in module.merged_adapters:
                         view = module.views[name]
                         if view.core.merges != "exact":
                             view.core.delta(None)

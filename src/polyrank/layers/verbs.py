@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,7 +171,8 @@ def merge(
         condition: for cores that merge per condition, the one to merge for, (1, c) or (c,).
 
     Raises:
-        MergeError: if the adapter has no exact dense form and no approximation was asked for.
+        MergeError: if the adapter has no exact dense form and no approximation was asked for, before
+            anything changes.
     """
     found = adapter_of(model)
     if approximate is None and condition is None:
@@ -181,10 +183,18 @@ def merge(
         assert condition is not None
         deltas = [layer.delta(condition) for layer in found.layers]
     weights = [layer.module.dense_weight() for layer in found.layers]
+    if found.blocks:
+        raise MergeError(
+            f"merge: adapter {found.name!r} holds blocks, which no base weight equals; stay unmerged"
+        )
     for layer, weight, delta in zip(found.layers, weights, deltas, strict=True):
         delta = delta.T if layer.module.transposed else delta
         weight.data = (wide(weight.detach()) + delta.to(weight.device)).to(weight.dtype)
-    return cast("nn.Module", model.unload())
+        layer.module.merged_adapters.append(found.name)
+    # Not `unload`, which would drop the head and the modules that were trained whole.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        return cast("nn.Module", model.merge_and_unload())
 
 
 def _mean_deltas(
