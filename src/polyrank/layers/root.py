@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class FlowHook:
 
     def _register(self, root: weakref.ref[nn.Module] | None) -> None:
         self.root = root
-        self.seen: dict[str, tuple[int, int]] = {}
+        self.seen: dict[str, _Mark] = {}
         self.alarms: dict[str, int] = {}
         self.number = next(_NUMBERS)
         HOOKS[self.number] = self
@@ -85,9 +85,9 @@ class FlowHook:
         elif torch._C._current_graph_task_id() == -1:
             # A checkpoint around the whole model comes here a second time, in backward.
             self.root = weakref.ref(module)
-            self.flow.draw.add_(1)
             for watcher in self.flow.watchers:
                 watcher()
+            self.flow.draw.add_(1)
             self.check()
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -106,17 +106,42 @@ class FlowHook:
             InertError: if the method did not do its part.
         """
         for name, view in self.probes.items():
-            now = (id(view.B), view.B._version)
-            before = self.seen.get(name, now)
+            attached = name in self.flow.attached
+            now, before = _mark(view, attached), self.seen.get(name)
             self.seen[name] = now
-            if now[0] != before[0] or not view.B.requires_grad or name in self.flow.stepped:
+            if before is None or now.same(before) or name in self.flow.stepped:
                 self.alarms[name] = 0
-            elif now != before:
-                self.alarms[name] = self.alarms.get(name, 0) + 1
-                attached = name in self.flow.attached
-                if self.alarms[name] > attached:
-                    raise InertError(_inert(name, view.method.name, attached))
+                continue
+            self.alarms[name] = self.alarms.get(name, 0) + 1
+            if self.alarms[name] > attached:
+                raise InertError(_inert(name, view.method.name, attached))
         self.flow.stepped.clear()
+
+
+class _Mark(NamedTuple):
+    """What tells whether the weights of an adapter changed: version counters, or some values."""
+
+    ids: list[int]
+    versions: list[int]
+    values: Tensor | None
+
+    def same(self, before: _Mark) -> bool:
+        if self.ids != before.ids or (self.values is None) is not (before.values is None):
+            # Other tensors, or other means of looking: nothing to compare.
+            return True
+        if self.values is None or before.values is None:
+            return self.versions == before.versions
+        return torch.equal(self.values, before.values)
+
+
+def _mark(view: View, attached: bool) -> _Mark:
+    params = [p for group in view.parameters().values() for p in group if p.requires_grad]
+    ids = [id(p) for p in params]
+    if attached or not params:
+        # Does not wait for the device. Fused optimisers do not count versions, so that two of them
+        # that take turns go unnoticed.
+        return _Mark(ids, [p._version for p in params], None)
+    return _Mark(ids, [], torch.cat([p.detach().reshape(-1)[:64].float() for p in params]))
 
 
 def _inert(name: str, method: str, attached: bool) -> str:
