@@ -72,8 +72,8 @@ def localized(weights: Tensor, types: Tensor, mask: Tensor | None, gap: float) -
     experts = weights.shape[-1]
     load = (weights if mask is None else weights * mask[..., None]).sum(1)
     first = torch.arange(experts, device=weights.device) < experts // 2
-    own = (types[:, None] == 1) == first
-    share = load * torch.where(own, 1 + gap, 1 - gap).to(load.dtype)
+    own = ((types[:, None] == 1) == first).to(load.dtype)
+    share = load * (1 - gap + 2 * gap * own)
     if share.numel() < 2:
         return share.sum() * 0
     return share.var() / (share.mean().square() + 1e-10)
