@@ -29,7 +29,9 @@ def command() -> None:
             failed += 1
             console.print(f"FAILED  {name}: {type(error).__name__}: {error}", soft_wrap=True)
     if failed:
-        console.print(f"{failed} of {len(CHECKS)} checks failed; reinstall with the tested versions in constraints.txt")
+        console.print(
+            f"{failed} of {len(CHECKS)} checks failed; reinstall with the tested versions in constraints.txt"
+        )
         raise typer.Exit(1)
 
 
@@ -54,7 +56,9 @@ def _plugin() -> str:
 def _methods() -> str:
     from polyrank import frame
 
-    problems = [p for name in frame.names() for sample in frame.get(name).samples() for p in sample.checks()]
+    problems = [
+        p for name in frame.names() for sample in frame.get(name).samples() for p in sample.checks()
+    ]
     assert not problems, "; ".join(problems)
     return f"{len(frame.names())} load, all samples valid"
 
@@ -69,7 +73,9 @@ def _step() -> str:
     def fresh() -> torch.nn.Module:
         made = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
         for index, parameter in enumerate(made.parameters()):
-            parameter.data = torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape) + index
+            parameter.data = (
+                torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape) + index
+            )
         return made
 
     x = torch.linspace(-1, 1, 24).reshape(4, 6)

@@ -64,7 +64,9 @@ def quiet() -> None:
     for name in NOISE:
         logging.getLogger(name).addFilter(_errors_only)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|torchao|bitsandbytes)\.")
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(torch|torchao|bitsandbytes)\."
+    )
 
 
 def _errors_only(record: logging.LogRecord) -> bool:

@@ -22,7 +22,9 @@ HELP = """List all methods, or show one with its options, formula, source and ca
 
 def command(
     name: Annotated[str | None, typer.Argument(help="A method or strategy.")] = None,
-    method_file: Annotated[Path | None, typer.Option(help="A Python file with your own method.")] = None,
+    method_file: Annotated[
+        Path | None, typer.Option(help="A Python file with your own method.")
+    ] = None,
 ) -> None:
     """Print the catalogue or one entry."""
     from polyrank import frame
@@ -47,7 +49,10 @@ def command(
 def summary(cls: Any) -> str:
     """Return the first sentence of the module that holds a method."""
     text = inspect.getdoc(sys.modules[cls.__module__]) or ""
-    return text.split("\n\n")[0].replace("\n", " ").partition(": ")[2].rstrip(".") or text.split("\n")[0]
+    return (
+        text.split("\n\n")[0].replace("\n", " ").partition(": ")[2].rstrip(".")
+        or text.split("\n")[0]
+    )
 
 
 def merging(cls: Any) -> str:
@@ -82,7 +87,12 @@ def arguments(cls: Any) -> dict[str, str]:
         key = ""
         for line in block.split("\n"):
             name, sign, text = line.strip().partition(": ")
-            if line.startswith("    ") and not line.startswith("     ") and sign and name.isidentifier():
+            if (
+                line.startswith("    ")
+                and not line.startswith("     ")
+                and sign
+                and name.isidentifier()
+            ):
                 key, found[name] = name, text
             elif key and line.strip():
                 found[key] += " " + line.strip()

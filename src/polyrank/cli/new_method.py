@@ -89,7 +89,9 @@ def command(
 
     stem = frame.slug(name).replace("-", "_")
     if not stem.isidentifier() or keyword.iskeyword(stem):
-        raise ConfigError(f"name: got {name!r}, expected letters, digits and '-', beginning with a letter")
+        raise ConfigError(
+            f"name: got {name!r}, expected letters, digits and '-', beginning with a letter"
+        )
     if frame.slug(name) in frame.names():
         raise ConfigError(f"name: {frame.slug(name)!r} is a shipped method; choose another name")
     path = folder / f"{stem}.py"
@@ -98,8 +100,12 @@ def command(
     if not folder.is_dir():
         raise ConfigError(f"folder: {folder} does not exist; make it first")
     words = stem.split("_")
-    text = TEMPLATE.safe_substitute(title=" ".join(words).capitalize(), cls="".join(w.capitalize() for w in words))
+    text = TEMPLATE.safe_substitute(
+        title=" ".join(words).capitalize(), cls="".join(w.capitalize() for w in words)
+    )
     aside = path.with_suffix(".py.part")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
-    typer.echo(f"wrote {path}\nrun it: polyrank run --method-file {path}\nread it: polyrank methods --method-file {path}")
+    typer.echo(
+        f"wrote {path}\nrun it: polyrank run --method-file {path}\nread it: polyrank methods --method-file {path}"
+    )

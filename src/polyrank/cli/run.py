@@ -26,18 +26,41 @@ SMALL = {"smora": {"r": 16, "k": 4}}
 
 
 def command(
-    method: Annotated[str | None, typer.Option(help="Name of a method; `polyrank methods` lists them.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Options of the method: r=16 k=4.")] = None,
-    with_: Annotated[list[str] | None, typer.Option("--with", help="Strategies to combine with the method.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Name of a method; `polyrank methods` lists them.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Options of the method: r=16 k=4.")
+    ] = None,
+    with_: Annotated[
+        list[str] | None, typer.Option("--with", help="Strategies to combine with the method.")
+    ] = None,
     stream: Annotated[str, typer.Option(help="The tasks: digits.")] = "digits",
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of an image classifier; else a small one is made.")] = None,
-    train: Annotated[list[str] | None, typer.Option(help="Training of each task: epochs=15 batch_size=32 lr=3e-3 …")] = None,
-    references: Annotated[list[str] | None, typer.Option(help="What to show beside it: sequential joint probe, or none.")] = None,
-    method_file: Annotated[Path | None, typer.Option(help="A Python file with your own method.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of an image classifier; else a small one is made."),
+    ] = None,
+    train: Annotated[
+        list[str] | None,
+        typer.Option(help="Training of each task: epochs=15 batch_size=32 lr=3e-3 …"),
+    ] = None,
+    references: Annotated[
+        list[str] | None,
+        typer.Option(help="What to show beside it: sequential joint probe, or none."),
+    ] = None,
+    method_file: Annotated[
+        Path | None, typer.Option(help="A Python file with your own method.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Key of every random draw.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; else a free one below runs/.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an interrupted run, or the same one, in --out.")] = False,
-    report: Annotated[bool, typer.Option(help="Write report.html, matrix.png and matrix.csv.")] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; else a free one below runs/.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace an interrupted run, or the same one, in --out.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option(help="Write report.html, matrix.png and matrix.csv.")
+    ] = True,
 ) -> None:
     """Run, print the tables, write the report."""
     from polyrank import engine, frame
@@ -45,7 +68,9 @@ def command(
 
     name = frame.load_file(method_file).name if method_file is not None else "smora"
     if method is not None and method_file is not None and frame.slug(method) != name:
-        raise ConfigError(f"method: --method says {method!r}, --method-file brings {name!r}; give one of the two")
+        raise ConfigError(
+            f"method: --method says {method!r}, --method-file brings {name!r}; give one of the two"
+        )
     name = frame.slug(method or name)
     options = pairs(set_ or [], "--set")
     if model is None:
@@ -63,7 +88,9 @@ def command(
     ]
     if problems:
         raise ConfigError(problems)
-    chosen = engine.REFERENCES if references is None else tuple(w for w in references if w != "none")
+    chosen = (
+        engine.REFERENCES if references is None else tuple(w for w in references if w != "none")
+    )
     result = engine.run(
         model, stream, made, strategies=strategies, references=chosen, train=settings, seed=seed, out=out,
         overwrite=overwrite, command=["polyrank", *sys.argv[1:]],

@@ -32,7 +32,9 @@ def pairs(words: Iterable[str], flag: str) -> dict[str, Any]:
     for word in words:
         name, sign, text = word.partition("=")
         if not sign or not name.isidentifier():
-            problems.append(f"{flag}: got {word!r}, expected NAME=VALUE, for example {flag} r=16 k=4")
+            problems.append(
+                f"{flag}: got {word!r}, expected NAME=VALUE, for example {flag} r=16 k=4"
+            )
         elif name in found:
             problems.append(f"{flag}: {name!r} is given twice; leave one out")
         else:

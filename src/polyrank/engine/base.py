@@ -24,7 +24,7 @@ from polyrank.streams import Stream
 
 # Where the classifier of an image or sequence model sits, most common name first.
 CLASSIFIERS = ("classifier", "score", "fc", "head")
-EPOCHS, BATCH, RATE = 20, 32, 2e-3
+EPOCHS, BATCH, RATE = 40, 32, 1e-3
 
 
 def small_vit(classes: int, image: int = 8, channels: int = 1) -> ViTForImageClassification:
@@ -50,7 +50,9 @@ def pretrain(stream: Stream, seed: int) -> nn.Module:
     """
     task = stream.pretraining
     if task is None:
-        raise ConfigError(f"model: stream {stream.name!r} brings no data to train one on; pass --model or a model")
+        raise ConfigError(
+            f"model: stream {stream.name!r} brings no data to train one on; pass --model or a model"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("base", seed))
         model = small_vit(len(task.classes)).train()
@@ -92,7 +94,11 @@ def load_base(path: str, stream: Stream) -> nn.Module:
         try:
             model = AutoModelForImageClassification.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
-            where = "a folder" if Path(path).exists() else "neither a folder here nor a hub id that can be reached"
+            where = (
+                "a folder"
+                if Path(path).exists()
+                else "neither a folder here nor a hub id that can be reached"
+            )
             raise ConfigError(
                 f"model: cannot load {path!r} ({where}): {str(error).splitlines()[0]}; "
                 "pass a folder that save_pretrained wrote, or leave --model out for the embedded base"

@@ -94,7 +94,7 @@ def run(
         RunError: if `out` holds another run, or training diverges.
         InertError: if a method did nothing.
     """
-    tasks = find_stream(stream)
+    tasks = find_stream(stream, seed=seed) if isinstance(stream, str) else find_stream(stream)
     chosen = make(method) if isinstance(method, str) else method
     combined = tuple(make(s) if isinstance(s, str) else s for s in strategies)
     settings = train if isinstance(train, Settings) else Settings.build(dict(train or {}))
@@ -153,16 +153,24 @@ def _free(name: str) -> Path:
     return path
 
 
-def _systems(method: Method, strategies: tuple[Strategy, ...], references: Sequence[str]) -> list[System]:
+def _systems(
+    method: Method, strategies: tuple[Strategy, ...], references: Sequence[str]
+) -> list[System]:
     label = f"{method.name} r={method.r}" + (f" k={k}" if (k := getattr(method, "k", None)) else "")
     label += "".join(f" + {s.name}" for s in strategies)
-    found = [System(name=method.name, label=label, role="method", method=method, strategies=strategies)]
+    found = [
+        System(name=method.name, label=label, role="method", method=method, strategies=strategies)
+    ]
     plain = cast("Method", make("lora", r=method.r))
     for name in ("sequential", "joint"):
         if name in references:
             strategy = cast("Strategy", make(name))
             system = System(
-                name=name, label=f"{name} lora r={method.r}", role="reference", method=plain, strategies=(strategy,)
+                name=name,
+                label=f"{name} lora r={method.r}",
+                role="reference",
+                method=plain,
+                strategies=(strategy,),
             )
             if not (method == plain and system.pooled == found[0].pooled and not strategies):
                 found.append(system)
@@ -185,7 +193,9 @@ def _problems(
         if name not in REFERENCES
     ]
     if stream.scenario != "class-incremental":
-        problems.append(f"stream: {stream.name!r} is {stream.scenario}; class-incremental streams can be run")
+        problems.append(
+            f"stream: {stream.name!r} is {stream.scenario}; class-incremental streams can be run"
+        )
     offers = {"class_names"}
     offers |= {"task_id"} if stream.visible.task_id_train and stream.visible.task_id_test else set()
     for entry in (method, *strategies):
@@ -201,7 +211,12 @@ class _Engine:
     """One run: a base, and every system on a fresh copy of it."""
 
     def __init__(
-        self, folder: RunFolder, stream: Stream, settings: Settings, seed: int, target_modules: list[str] | str
+        self,
+        folder: RunFolder,
+        stream: Stream,
+        settings: Settings,
+        seed: int,
+        target_modules: list[str] | str,
     ) -> None:
         self.folder, self.stream, self.settings, self.seed = folder, stream, settings, seed
         self.target_modules = target_modules
@@ -258,7 +273,9 @@ class _Engine:
         )
         return model
 
-    def _system(self, base: nn.Module, head: str, system: System) -> tuple[nn.Module, dict[str, Any]]:
+    def _system(
+        self, base: nn.Module, head: str, system: System
+    ) -> tuple[nn.Module, dict[str, Any]]:
         started = time.perf_counter()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = adapt(
@@ -269,21 +286,43 @@ class _Engine:
         groups = [list(range(count))] if system.pooled else [[index] for index in range(count)]
         for group in groups:
             names = [label for index in group for label in self.stream[index].labels]
-            where = {"system": system.label, "task": " + ".join(self.stream[index].name for index in group)}
+            where = {
+                "system": system.label,
+                "task": " + ".join(self.stream[index].name for index in group),
+            }
             self.watch("task_start", {**where, "classes": names})
             grow_head(model, names, seed=self.seed)
             self._task(model, system, group, where)
             self._alive(model, system, where)
             row = group[-1]
             restricted[row], unrestricted[row] = self._evaluate(model, row + 1)
-            self.watch("evaluate", {**where, "restricted": restricted[row].tolist(), "unrestricted": unrestricted[row].tolist()})
+            self.watch(
+                "evaluate",
+                {
+                    **where,
+                    "restricted": restricted[row].tolist(),
+                    "unrestricted": unrestricted[row].tolist(),
+                },
+            )
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         saved = self._save(model, system.name)
         routing = self._routing(model)
         seconds = time.perf_counter() - started
-        return model, self._entry(system.name, system.label, system.role, restricted, unrestricted, seconds, trainable, saved, routing)
+        return model, self._entry(
+            system.name,
+            system.label,
+            system.role,
+            restricted,
+            unrestricted,
+            seconds,
+            trainable,
+            saved,
+            routing,
+        )
 
-    def _task(self, model: nn.Module, system: System, group: list[int], where: dict[str, Any]) -> None:
+    def _task(
+        self, model: nn.Module, system: System, group: list[int], where: dict[str, Any]
+    ) -> None:
         index = group[-1]
         parts: dict[str, list[Any]] = {}
         for number in group:
@@ -326,7 +365,9 @@ class _Engine:
             return cast("Tensor", model(pixel_values=batch["pixel_values"].to(device)).logits)
 
         model.eval()
-        restricted, unrestricted = scores(logits_of, self.stream, seen, self.settings.eval_batch_size)
+        restricted, unrestricted = scores(
+            logits_of, self.stream, seen, self.settings.eval_batch_size
+        )
         return np.array(restricted), np.array(unrestricted)
 
     def _routing(self, model: nn.Module) -> dict[str, Any] | None:
@@ -353,9 +394,21 @@ class _Engine:
     def _probe(self, base: nn.Module, head: str) -> dict[str, Any]:
         started = time.perf_counter()
         self.watch("task_start", {"system": "frozen probe", "task": "all", "classes": []})
-        restricted, unrestricted, trainable = frozen_probe(base, head, self.stream, self.settings.eval_batch_size)
+        restricted, unrestricted, trainable = frozen_probe(
+            base, head, self.stream, self.settings.eval_batch_size
+        )
         seconds = time.perf_counter() - started
-        return self._entry("probe", "frozen probe", "reference", restricted, unrestricted, seconds, trainable, None, None)
+        return self._entry(
+            "probe",
+            "frozen probe",
+            "reference",
+            restricted,
+            unrestricted,
+            seconds,
+            trainable,
+            None,
+            None,
+        )
 
     def _entry(
         self,

@@ -36,7 +36,14 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
     def __init__(self, watch: Watch, where: dict[str, Any]) -> None:
         self.watch, self.where = watch, where
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         loss = (logs or {}).get("loss")
         if loss is None:
             return
@@ -45,7 +52,10 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
                 f"loss: got {loss} at {self.where['system']}, task {self.where['task']!r}, step {state.global_step}; "
                 "lower the learning rate with --train lr=..., or clip harder with --train max_grad_norm=..."
             )
-        self.watch("step", {**self.where, "step": state.global_step, "total": state.max_steps, "loss": loss})
+        self.watch(
+            "step",
+            {**self.where, "step": state.global_step, "total": state.max_steps, "loss": loss},
+        )
 
 
 def run_phase(
@@ -73,7 +83,9 @@ def run_phase(
             f"phase {phase.name!r}: trains {sorted(unknown)}, but the adapter has {sorted(adapter.roles())}"
         )
     adapter.train_only(phase.train)
-    steps = phase.steps or settings.epochs * -(-len(rows) // (settings.batch_size * settings.accumulation))
+    steps = phase.steps or settings.epochs * -(
+        -len(rows) // (settings.batch_size * settings.accumulation)
+    )
     watch("phase", {**where, "phase": phase.name, "total": steps})
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(

@@ -33,7 +33,9 @@ def features(model: nn.Module, head: str, rows: Any, size: int) -> tuple[np.ndar
     return np.concatenate(seen), np.concatenate(labels)
 
 
-def frozen_probe(model: nn.Module, head: str, stream: Stream, size: int) -> tuple[np.ndarray, np.ndarray, int]:
+def frozen_probe(
+    model: nn.Module, head: str, stream: Stream, size: int
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Fit a logistic regression on frozen features of all tasks so far, after every task.
 
     It keeps the features of old tasks and so cannot forget: it says what the base alone is worth.
@@ -49,7 +51,10 @@ def frozen_probe(model: nn.Module, head: str, stream: Stream, size: int) -> tupl
     fitted = 0
     for row in range(count):
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-        probe.fit(np.concatenate([x for x, _ in train[: row + 1]]), np.concatenate([y for _, y in train[: row + 1]]))
+        probe.fit(
+            np.concatenate([x for x, _ in train[: row + 1]]),
+            np.concatenate([y for _, y in train[: row + 1]]),
+        )
         classes = probe.classes_
         fitted = probe[-1].coef_.size + probe[-1].intercept_.size
         for column in range(row + 1):
@@ -57,5 +62,7 @@ def frozen_probe(model: nn.Module, head: str, stream: Stream, size: int) -> tupl
             odds = probe.predict_log_proba(x)
             own = np.isin(classes, stream[column].classes)
             unrestricted[row, column] = float((classes[odds.argmax(1)] == y).mean())
-            restricted[row, column] = float((classes[np.where(own, odds, -np.inf).argmax(1)] == y).mean())
+            restricted[row, column] = float(
+                (classes[np.where(own, odds, -np.inf).argmax(1)] == y).mean()
+            )
     return restricted, unrestricted, fitted

@@ -33,7 +33,9 @@ class Result:
         if name is None:
             return next(system for system in systems if system["role"] == "method")
         if name not in names:
-            raise ConfigError(f"system: got {name!r}, expected one of {', '.join(names)};{nearest(name, names)}")
+            raise ConfigError(
+                f"system: got {name!r}, expected one of {', '.join(names)};{nearest(name, names)}"
+            )
         return systems[names.index(name)]
 
     @property

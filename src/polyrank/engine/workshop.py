@@ -26,7 +26,9 @@ class TaskWorkshop(Workshop):
         size: rows per batch.
     """
 
-    def __init__(self, model: nn.Module, parts: dict[str, Sequence[Any]], seed: int, task: int, size: int) -> None:
+    def __init__(
+        self, model: nn.Module, parts: dict[str, Sequence[Any]], seed: int, task: int, size: int
+    ) -> None:
         self.model, self.parts, self.seed, self.task, self.size = model, parts, seed, task, size
 
     @property
@@ -34,7 +36,9 @@ class TaskWorkshop(Workshop):
         """The adapter as it is now; views change with structure."""
         return adapter_of(self.model)
 
-    def data(self, role: str, split: str = "train", *, seed: int | None = None) -> Iterator[dict[str, Tensor]]:
+    def data(
+        self, role: str, split: str = "train", *, seed: int | None = None
+    ) -> Iterator[dict[str, Tensor]]:
         """Yield batches of a role; with a seed, shuffled by it.
 
         Raises:
@@ -59,7 +63,9 @@ class TaskWorkshop(Workshop):
             ConfigError: for places or wishes that are not served.
         """
         if at != "linear" or not wants <= {"input", "output"}:
-            raise ConfigError(f"observe: got at={at!r}, wants={sorted(wants)}; 'linear' with 'input', 'output' is served")
+            raise ConfigError(
+                f"observe: got at={at!r}, wants={sorted(wants)}; 'linear' with 'input', 'output' is served"
+            )
 
         def hook(path: str) -> Callable[..., None]:
             def seen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -6,6 +6,7 @@ Maths: y = W x + b + s · B A x;  A (r, d_in) ~ U(±1/√d_in), B (d_out, r) = 0
 Source: arXiv:2106.09685, section 4.1; rsLoRA arXiv:2312.03732; LoRA+ arXiv:2402.12354.
 Differs from the released code: factors are fp32 and cast inside the operator; the input is never cast up.
 Limits: linear layers only. Cost: r (d_in + d_out) weights, 2 r (d_in + d_out) operations per token.
+Status: formula, merge and rates tested; the reference of every comparison.
 """
 
 from __future__ import annotations

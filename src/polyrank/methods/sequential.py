@@ -5,6 +5,7 @@ Maths: none.
 Source: the naive baseline of continual learning, arXiv:2302.00487, section 2.
 Differs from the released code: there is none.
 Limits: forgets. Cost: none.
+Status: works.
 """
 
 from __future__ import annotations
