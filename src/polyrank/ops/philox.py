@@ -10,15 +10,15 @@ from torch import Tensor
 
 from polyrank.errors import ConfigError
 
-_LOW = 0xFFFFFFFF
+_LOW, _HALF = 0xFFFFFFFF, 0x7FFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 # Triton's constant: the largest float32 whose product with 2^31 stays below 1.
 _TO_UNIT = 4.6566127342e-10
-# 2^16 numbers per chunk, 512 KiB a temporary: the ten rounds stay in the cache of a core.
+# Numbers per chunk on a CPU, 512 KiB a temporary: the ten rounds stay in the cache of a core.
 _CHUNK = 1 << 16
 
-# A 32-bit word: a Python number, or an int64 tensor of which the low 32 bits count.
+# A 32-bit word: a number, or an int64 tensor of which the low 32 bits count.
 Word = int | Tensor
 
 
@@ -33,8 +33,14 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tu
         # The 64-bit products wrap to negative int64; what is read of them are bits, after a mask.
         # c1 and c3 only ever meet ^, so their high bits wait for the mask of the next round.
         left, right = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = ((right >> 32) ^ c1 ^ k0) & _LOW, right
-        c2, c3 = ((left >> 32) ^ c3 ^ k1) & _LOW, left
+        c0, c2 = right >> 32, left >> 32
+        c0 ^= c1
+        c0 ^= k0
+        c0 &= _LOW
+        c2 ^= c3
+        c2 ^= k1
+        c2 &= _LOW
+        c1, c3 = right, left
         k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
     return c0, c1 & _LOW, c2, c3 & _LOW
 
@@ -46,15 +52,15 @@ def uniform(seed: Word, offset: Tensor) -> Tensor:
         seed: The 64-bit key; a 0-d int64 tensor lets a compiled graph take a new seed each step.
         offset: int64 counters; only their low 32 bits are used.
     """
-    key = (seed & _LOW, (seed >> 32) & _LOW)
-    bits = philox((offset & _LOW, 0, 0, 0), key)[0]
+    if isinstance(seed, Tensor):
+        seed = seed.expand(offset.shape)
+    bits = philox((offset & _LOW, 0, 0, 0), (seed & _LOW, (seed >> 32) & _LOW))[0]
     # The word read as a signed number, folded to its non-negative half.
-    signed = torch.where(bits > 0x7FFFFFFF, _LOW - bits, bits)
-    return signed.to(torch.float32) * _TO_UNIT
+    return torch.where(bits > _HALF, _LOW - bits, bits).to(torch.float32) * _TO_UNIT
 
 
 def keep_mask(shape: torch.Size, p: float, seed: Word, device: torch.device) -> Tensor:
-    """Bool of `shape`, False with probability p; element i, counted row by row, keeps iff tl.rand(seed, i) >= p.
+    """Bool of `shape`, False with probability p: element i, row by row, is tl.rand(seed, i) >= p.
 
     Raises:
         ConfigError: p outside [0, 1).

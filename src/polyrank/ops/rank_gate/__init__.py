@@ -1,7 +1,7 @@
 """The rank gate: y + s · B (g ⊙ A x), the one formula behind every adapted layer.
 
-`naive.py` is the definition, `eager.py` the path without kernels. `POLYRANK_OPS` in the environment picks one:
-auto (default), naive, eager or triton; a forced path that cannot run raises.
+`naive.py` is the definition, `eager.py` the path without kernels. `POLYRANK_OPS` in the environment
+picks one: auto (default), naive, eager or triton; a forced path that cannot run raises.
 """
 
 import os
@@ -37,12 +37,13 @@ def rank_gate(
     mask: Tensor | None = None,
     *,
     count: bool = False,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """y + scale · (B (g ⊙ A x̂) − B0 δ0 A0 x) with x̂ = dropout(x) and gates g = g(A x̂, rows x̂).
 
-    Arithmetic in the dtype of x (the autocast dtype if that is on), accumulated and gated in fp32 at least; weights
-    are cast to it, x is not. Differentiable once with respect to y, x, A, rows, B and a static gate; no gradient
-    passes through the selection of ranks. y itself is left as it is.
+    Arithmetic in the dtype of x (the autocast dtype if that is on), accumulated and gated in fp32,
+    fp64 if x is; weights are cast to it, x is not. Differentiable once, by y, x, A, rows, B and a
+    static gate; no gradient passes through the selection of ranks.
 
     Args:
         y: (…, d_out), the base layer's output; its dtype is the result's.
@@ -50,68 +51,73 @@ def rank_gate(
         A: (r, d_in).
         rows: (r / block, d_in) of a linear router, else None.
         B: (d_out, r).
-        epilogue: how the gates g come about.
-        scale: factor of the update.
-        live_from: the first `live_from` ranks are a frozen bank: no gradient to their rows of A and columns of B,
-            but x receives what passes through them. 0 <= live_from <= r.
-        shadow: (A0 (w, d_in), B0 (d_out, w), δ0), subtracted and never trained; δ0 is None for the identity, 0-d,
-            (w,) or (w, w). It sees x without dropout, like a part of the base weight.
-        row_scale: (d_out,) multiplies dL/dy on its way to A, B, rows and a static gate, never on its way to x.
-        dropout: probability p in [0, 1) of zeroing an element of x, the same for A and rows.
-        seed: 64-bit key of the dropout mask, see `polyrank.ops.philox`; a 0-d int64 tensor spares recompilations.
+        epilogue: How the gates g come about.
+        scale: Factor of the update.
+        live_from: The first `live_from` ranks are a frozen bank: no gradient to their rows of A and
+            columns of B, but x receives what passes through them. 0 <= live_from <= r.
+        shadow: (A0 (w, d_in), B0 (d_out, w), δ0), subtracted and never trained; δ0 is None for the
+            identity, 0-d, (w,) or (w, w). It sees x without dropout, as a part of the base would.
+        row_scale: (d_out,) multiplies dL/dy on its way to A, B, rows and a static gate, not to x.
+        dropout: Probability in [0, 1) of zeroing an element of x, the same for A and rows.
+        seed: 64-bit key of the dropout mask, see `polyrank.ops.philox`; a 0-d int64 tensor spares
+            recompilations.
         mask: (…,) bool, real tokens; restricts what is counted, nothing else.
-        count: whether to count (linear router only).
+        count: Whether to count (linear router only).
+        inplace: Whether y may be overwritten, where that saves a copy of it: nobody else reads it,
+            and what made it does not need it for backward (so it is with torch.nn.Linear).
 
     Returns:
-        The sum, and how many tokens selected each rank, (r,) int64, or None where nothing is counted.
+        The sum, and how many tokens selected each rank, (r,) int64, or None if nothing was counted.
 
     Raises:
-        ConfigError: shapes, dtypes or ranges that do not fit, or a `POLYRANK_OPS` that cannot be served.
-        NonFiniteError: router logits that are not finite (not from a compiled graph, whose gates become NaN).
+        ConfigError: Shapes, dtypes, ranges that do not fit; a `POLYRANK_OPS` that cannot be served.
+        NonFiniteError: Router logits that are not finite; a compiled graph gives NaN instead.
     """
     problems = _problems(y, x, A, rows, B, epilogue, live_from, shadow, row_scale, dropout, mask)
     if problems:
         raise ConfigError(problems)
-    arguments = (y, x, A, rows, B, epilogue, scale, live_from, shadow, row_scale, dropout, seed, mask)
+    inputs = (y, x, A, rows, B, epilogue, scale, live_from, shadow, row_scale, dropout, seed, mask)
     path = os.environ.get("POLYRANK_OPS", "auto")
     if path in ("auto", "eager"):
-        return eager.rank_gate(*arguments, count=count)
+        return eager.rank_gate(*inputs, count=count, inplace=inplace)
     if path == "naive":
         with torch.autocast(x.device.type, enabled=False):
-            return naive.rank_gate(*arguments, count=count)
+            return naive.rank_gate(*inputs, count=count)
     if path == "triton":
         raise ConfigError(
-            "POLYRANK_OPS: got 'triton', but rank_gate has no kernel in this version; expected auto, eager or naive; "
-            "unset it"
+            "POLYRANK_OPS: got 'triton', but rank_gate has no kernel in this version; "
+            "expected auto, eager or naive; unset it"
         )
-    raise ConfigError(
-        f"POLYRANK_OPS: got {path!r}, expected one of {_PATHS};{nearest(path, _PATHS) or ' unset it'}"
-    )
+    guess = nearest(path, _PATHS) or " unset it"
+    raise ConfigError(f"POLYRANK_OPS: got {path!r}, expected one of {_PATHS};{guess}")
 
 
 def _problems(y, x, A, rows, B, e, live_from, shadow, row_scale, dropout, mask) -> list[str]:
-    (r, d_in), d_out, found = A.shape, B.shape[0], []
+    (r, d_in), d_out, lead, found = A.shape, B.shape[0], x.shape[:-1], []
 
     def expect(name: str, tensor: Tensor, *shape: int) -> None:
         if tensor.shape != shape:
-            found.append(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)}; check the layer's sizes")
+            found.append(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}; check sizes")
 
     if not x.is_floating_point():
-        found.append(f"x: got {x.dtype}, expected a floating dtype; embed or cast it before the layer")
-    expect("x", x, *x.shape[:-1], d_in)
-    expect("y", y, *x.shape[:-1], d_out)
+        found.append(f"x: got {x.dtype}, expected a floating dtype; embed or cast it before")
+    expect("x", x, *lead, d_in)
+    expect("y", y, *lead, d_out)
     expect("B", B, d_out, r)
     if e.kind == "linear":
         if e.k > r or r % e.block:
-            found.append(f"k, block: got {e.k}, {e.block}, expected k <= r = {r} and block a divisor of r; lower k")
+            found.append(
+                f"k, block: got {e.k}, {e.block}, expected k <= r = {r} and block a divisor of r; "
+                "lower k or raise r"
+            )
         elif rows is None:
-            found.append(f"rows: got None, expected ({r // e.block}, {d_in}) for a linear router; pass its weight")
+            found.append(f"rows: got None, expected ({r // e.block}, {d_in}); pass the router")
         else:
             expect("rows", rows, r // e.block, d_in)
         if e.bias is not None:
             expect("bias", e.bias, r)
     elif rows is not None:
-        found.append(f"rows: got shape {tuple(rows.shape)} for kind {e.kind!r}, expected None; leave them out")
+        found.append(f"rows: got {tuple(rows.shape)} for kind {e.kind!r}, expected None; omit them")
     if e.kind == "static":
         expect("gate", e.gate, r)
     if not 0 <= live_from <= r:
@@ -121,16 +127,14 @@ def _problems(y, x, A, rows, B, e, live_from, shadow, row_scale, dropout, mask) 
     if row_scale is not None:
         expect("row_scale", row_scale, d_out)
     if mask is not None:
-        expect("mask", mask, *x.shape[:-1])
+        expect("mask", mask, *lead)
         if mask.dtype != torch.bool:
-            found.append(f"mask: got {mask.dtype}, expected bool, True for real tokens; use mask.bool()")
+            found.append(f"mask: got {mask.dtype}, expected bool, True for real tokens")
     if shadow is not None:
         A0, B0, delta = shadow
-        expect("shadow A0", A0, A0.shape[0], d_in)
-        expect("shadow B0", B0, d_out, A0.shape[0])
-        if delta is not None and delta.shape not in ((), A0.shape[:1], (A0.shape[0], A0.shape[0])):
-            found.append(
-                f"shadow δ0: got shape {tuple(delta.shape)}, expected (), ({A0.shape[0]},) or "
-                f"({A0.shape[0]}, {A0.shape[0]}); pass None for the identity"
-            )
+        w = A0.shape[0]
+        expect("shadow A0", A0, w, d_in)
+        expect("shadow B0", B0, d_out, w)
+        if delta is not None and delta.dim():
+            expect("shadow δ0", delta, *((w,) if delta.dim() == 1 else (w, w)))
     return found

@@ -17,28 +17,31 @@ class Epilogue:
 
     "none": g = 1.
     "static": g = gate, the same for every token; its gradient is computed.
-    "linear": z = x rowsᵀ, one logit per block of `block` ranks; the k / block best blocks of a token are on, by
-        the score σ(z) + b ("sigmoid") or z + b ("softmax"); g is total · v / Σ v over the ranks that are on, with
-        v = σ(z) or e^z (σ(z) + b, e^(z + b) if `bias_in_weight`), and 0 elsewhere. Equal scores: the lower index.
-    "self": s = h / max(‖h‖, eps); g = softmax(s / tau) over the k largest s; then g_i = 0 where s_i < delta.
+    "linear": z = x rowsᵀ, one logit per block of `block` ranks. The k / block best blocks of a
+        token are on, by the score σ(z) + b ("sigmoid") or z + b ("softmax"); of equal scores the
+        lower index. g is total · v / Σ v over the ranks that are on and 0 elsewhere, with v = σ(z)
+        or e^z; with `bias_in_weight` v = σ(z) + b or e^(z + b).
+    "self": s = h / max(‖h‖, eps); g = softmax(s / tau) over the k largest s, 0 elsewhere and where
+        s < delta.
 
     Attributes:
         kind: "none", "static", "linear" or "self".
         gate: static: (r,) weights.
-        k: linear, self: ranks that are on per token; linear: a multiple of `block`, self: more than r means r.
+        k: linear, self: ranks that are on per token, >= 1; linear: a multiple of `block`; self:
+            more than r means r.
         block: linear: ranks per logit, >= 1; divides r and k.
         score: linear: "sigmoid" or "softmax".
         bias: linear: (r,) balance bias b, constant within a block, fp32; never differentiated.
         bias_in_weight: linear: whether b also enters the weights, not only the selection.
-        total: linear: sum of the gates over the ranks, > 0: k (the default), 1, or `block` for mixtures whose
-            expert weights sum to one. The sum is smaller where all weights that are on vanish: below 1e-6 with
-            `bias_in_weight`, 1e-30 without.
+        total: linear: sum of the gates over the ranks, > 0: k (the default), 1, or `block` for
+            mixtures whose expert weights sum to one. The sum is smaller where Σ v (sigmoid) is
+            below 1e-6 with `bias_in_weight`, below 1e-30 without.
         tau: self: temperature, > 0.
         delta: self: threshold on s in [0, 1]; 0 turns it off; belongs to inference.
         eps: self: lower bound of the norm, > 0.
 
     Raises:
-        ConfigError: fields outside these ranges; lists all of them.
+        ConfigError: Fields outside these ranges; lists all of them.
     """
 
     kind: str = "none"
@@ -60,12 +63,13 @@ class Epilogue:
     def _problems(self) -> list[str]:
         found = []
         if self.kind not in KINDS:
-            guess = nearest(self.kind, KINDS)
-            found.append(f"epilogue kind: got {self.kind!r}, expected one of {KINDS};{guess or ' choose one'}")
+            guess = nearest(self.kind, KINDS) or " choose one"
+            found.append(f"epilogue kind: got {self.kind!r}, expected one of {KINDS};{guess}")
         if (self.kind == "static") != (self.gate is not None and self.gate.dim() == 1):
             got = "none" if self.gate is None else f"shape {tuple(self.gate.shape)}"
             found.append(
-                f"gate: got {got} for kind {self.kind!r}, expected a tensor (r,) for 'static' and none for the others"
+                f"gate: got {got} for kind {self.kind!r}, expected a tensor (r,) for 'static' "
+                "and none for the others"
             )
         if self.kind in ("linear", "self") and self.k < 1:
             found.append(f"k: got {self.k}, expected >= 1 active ranks; k = r turns all of them on")
@@ -76,13 +80,13 @@ class Epilogue:
                     "count k in ranks: block times active blocks"
                 )
             if self.score not in SCORES:
-                guess = nearest(self.score, SCORES)
-                found.append(f"score: got {self.score!r}, expected one of {SCORES};{guess or ' choose one'}")
+                guess = nearest(self.score, SCORES) or " choose one"
+                found.append(f"score: got {self.score!r}, expected one of {SCORES};{guess}")
             if self.total is not None and not self.total > 0:
                 found.append(f"total: got {self.total}, expected > 0; leave it out for k")
         if self.kind == "self":
             if not self.tau > 0:
-                found.append(f"tau: got {self.tau}, expected > 0; a large one weighs all kept ranks alike")
+                found.append(f"tau: got {self.tau}, expected > 0; a large one weighs ranks alike")
             if not 0 <= self.delta <= 1:
                 found.append(f"delta: got {self.delta}, expected 0 <= delta <= 1; 0 turns it off")
             if not self.eps > 0:
@@ -101,7 +105,7 @@ class Epilogue:
         return 1e-6 if self.bias_in_weight else 1e-30
 
     def bias_of_blocks(self, dtype: torch.dtype) -> Tensor | None:
-        """b of each block, (r / block,), detached."""
+        """Return b of each block, (r / block,), detached."""
         return None if self.bias is None else self.bias.detach()[:: self.block].to(dtype)
 
     def weight_bias(self, dtype: torch.dtype) -> Tensor | float:

@@ -1,7 +1,7 @@
 """The rank gate in plain differentiable torch: what every faster path must equal.
 
-y + scale · (B (g ⊙ A x̂) − B0 δ0 A0 x), x̂ = dropout(x), g by the epilogue. x (…, d_in), y (…, d_out),
-A (r, d_in), B (d_out, r), rows (r / block, d_in). Arithmetic in fp32, in fp64 if x is fp64.
+y + scale · (B (g ⊙ A x̂) − B0 δ0 A0 x) with x̂ = dropout(x) and g by the epilogue; x (…, d_in),
+y (…, d_out), A (r, d_in), B (d_out, r), rows (r / block, d_in). Arithmetic in fp32, fp64 if x is.
 """
 
 import torch
@@ -33,25 +33,24 @@ def gate(h, z, e):
 def rank_gate(y, x, A, rows, B, epilogue, scale, live_from=0, shadow=None, row_scale=None,
               dropout=0.0, seed=0, mask=None, *, count=False):  # fmt: skip
     """Return (y + update, counts (r,) int64 or None); see `polyrank.ops.rank_gate.rank_gate`."""
-    wide, e = torch.float64 if x.dtype == torch.float64 else torch.float32, epilogue
+    e, wide = epilogue, torch.promote_types(x.dtype, torch.float32)
     x, A, B, rows = (t.to(wide) for t in (x, A, B, A[:0] if rows is None else rows))
     A = torch.cat([A[:live_from].detach(), A[live_from:]])
     B = torch.cat([B[:, :live_from].detach(), B[:, live_from:]], dim=1)
     x_hat = drop(x, dropout, seed) if dropout else x
 
     def update(x, A, rows, B, e):
-        h, z = x @ A.T, x @ rows.T
-        return (gate(h, z, e) * h) @ B.T
+        return (gate(h := x @ A.T, x @ rows.T, e) * h) @ B.T
 
     out = update(x_hat, A, rows, B, e)
     if row_scale is not None:
         theta = row_scale.to(wide) * update(x_hat.detach(), A, rows, B, e)
-        still = update(x_hat, A.detach(), rows.detach(), B.detach(), e.detached())
-        out = still + (theta - theta.detach())
+        out = update(x_hat, A.detach(), rows.detach(), B.detach(), e.detached())
+        out = out + (theta - theta.detach())
     if shadow is not None:
         A0, B0, delta = (t if t is None else t.to(wide) for t in shadow)
-        h0 = x @ A0.T
-        out = out - (h0 if delta is None else h0 @ delta.T if delta.dim() == 2 else delta * h0) @ B0.T
+        A0 = A0 if delta is None else delta @ A0 if delta.dim() == 2 else delta[..., None] * A0
+        out = out - x @ A0.T @ B0.T
     counts = None
     if count and e.kind == "linear":
         on = chosen(x_hat @ rows.T, e).repeat_interleave(e.block, dim=-1)

@@ -1,7 +1,9 @@
 """Which ranks of a token are on: the k best scores, equal scores by the lower index.
 
-`torch.topk` promises no order among equals, so it alone would route differently from device to device.
+`torch.topk` promises no order among equals; alone it would route differently from device to device.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -28,43 +30,63 @@ def check_finite(z: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or (z.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    # A sum is finite only if every term is, and takes a tenth of isfinite's time; it may also overflow by itself.
-    if bool(z.detach().sum().isfinite()):
+    # A sum is finite only if every term is, and takes a tenth of isfinite's time; it may overflow.
+    if math.isfinite(z.detach().sum().item()):
         return
     bad = ~z.isfinite().all(dim=-1)
     if hit := int(bad.sum()):
         raise NonFiniteError(
-            f"rank gate: logits of {hit} of {bad.numel()} tokens are not finite, expected finite numbers; "
-            "look for a diverged run (learning rate, fp16 overflow) or non-finite inputs to the layer"
+            f"rank gate: logits of {hit} of {bad.numel()} tokens are not finite, expected finite "
+            "numbers; look for a diverged run (learning rate, fp16 overflow) or non-finite inputs"
         )
 
 
 def largest(score: Tensor, k: int) -> Tensor:
-    """Bool like `score`: the k largest of the last axis (all if k exceeds it). The reference: a stable sort."""
+    """Bool like `score`: the k largest of the last axis, all if k exceeds it; by a stable sort.
+
+    Raises:
+        NonFiniteError: Scores that are not finite.
+    """
+    check_finite(score)
+    return _first(score, k)
+
+
+def _first(score: Tensor, k: int) -> Tensor:
     order = score.detach().argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(score, dtype=torch.bool).scatter(-1, order[..., :k], True)
 
 
 def chosen(z: Tensor, e: Epilogue) -> Tensor:
-    """Bool (…, r / block): the blocks of ranks that the linear router with logits z turns on."""
+    """Bool (…, r / block): the blocks of ranks that the linear router with logits z turns on.
+
+    Raises:
+        NonFiniteError: Logits that are not finite.
+    """
+    check_finite(z)
     score, b = (z.sigmoid() if e.score == "sigmoid" else z), e.bias_of_blocks(z.dtype)
-    return largest(score if b is None else score + b, e.k // e.block)
+    return _first(score if b is None else score + b, e.k // e.block)
 
 
-def largest_fast(score: Tensor, k: int) -> Tensor:
-    """The same as 1 and 0 in the dtype of `score` (T, n), without a sort where there are no ties."""
+def largest_fast(score: Tensor, k: int, *, scratch: bool = False) -> Tensor:
+    """The same as `largest`, as 1 and 0 in the dtype of `score` (T, n).
+
+    Args:
+        score: (T, n), finite.
+        k: How many are on.
+        scratch: Whether `score` may be overwritten.
+    """
     n = score.shape[-1]
     if k >= n:
         return torch.ones_like(score)
     if torch.compiler.is_compiling() or not score.is_cpu:
-        return largest(score, k).to(score.dtype)
+        return _first(score, k).to(score.dtype)
     if torch.get_num_threads() <= _NUMPY_THREADS:
-        parts = torch.from_numpy(np.partition(score.numpy(), n - k - 1, axis=-1))[:, n - k - 1 :]
-        below, lowest = parts[:, :1], parts[:, 1:].amin(-1, keepdim=True)
+        best = torch.from_numpy(np.partition(score.numpy(), n - k - 1, axis=-1))[:, n - k - 1 :]
+        below, lowest = best[:, :1], best[:, 1:].amin(-1, keepdim=True)
     else:
-        top = score.topk(k + 1, dim=-1).values
-        below, lowest = top[:, k:], top[:, k - 1 : k]
+        best = score.topk(k + 1, dim=-1).values
+        below, lowest = best[:, k:], best[:, k - 1 : k]
     if bool((below == lowest).any()):
-        return largest(score, k).to(score.dtype)
-    # Floats at once: elementwise arithmetic on bools takes four times as long.
-    return torch.gt(score, below, out=torch.empty_like(score))
+        return _first(score, k).to(score.dtype)
+    # Written as floats at once: arithmetic on bools takes four times as long on a CPU.
+    return torch.gt(score, below, out=score if scratch else torch.empty_like(score))
