@@ -91,6 +91,16 @@ class Tools:
         self.models.append(model)
         return model
 
+    def checkpointing(self, model, reentrant):
+        """Recompute every block in backward; transformers renamed the call in 5.2x."""
+        model.enable_input_require_grads()
+        for name in ("activation", "gradient"):
+            if hasattr(model.get_base_model(), f"{name}_checkpointing_enable"):
+                enable = getattr(model.get_base_model(), f"{name}_checkpointing_enable")
+                enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": reentrant}})
+                return
+        raise AssertionError("this model cannot checkpoint")
+
     def rows(self, count, tokens=9, seed=0):
         """Right-padded rows of different lengths."""
         rng = keyed("rows", seed)
