@@ -397,8 +397,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str, condition: Tensor | None = None) -> Tensor:
         """Return the dense update in the layout of the base weight and the dtype of B."""
-        delta = self.views[adapter].delta(condition)
-        return (delta.T if self.transposed else delta).to(self.views[adapter].B.dtype)
+        return self._update(adapter, condition).to(self.views[adapter].B.dtype)
+
+    def _update(self, name: str, condition: Tensor | None = None) -> Tensor:
+        delta = self.views[name].delta(condition)
+        return delta.T if self.transposed else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates of adapters to the base weight.
@@ -410,17 +413,35 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.views]
         if not names:
             return
-        weight = self.dense_weight()
         for name in names:
-            delta = wide(self.get_delta_weight(name))
-            merged = (wide(weight.detach()) + delta).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"merge: adapter {name!r} gives non-finite weights (NaNs detected) at "
-                    f"{self.views[name].site.path}; look for a diverged training run"
-                )
-            weight.data = merged
+            self.dense_weight().data = self._merged(name, safe_merge)
             self.merged_adapters.append(name)
+
+    def _merged(self, name: str, safe: bool) -> Tensor:
+        """Return the base weight plus one adapter's update, in the dtype of the base."""
+        weight = self.dense_weight().detach()
+        merged = (wide(weight) + self._update(name)).to(weight.dtype)
+        if safe and not torch.isfinite(merged).all():
+            # PEFT's users look for the word NaNs.
+            raise ValueError(
+                f"merge: adapter {name!r} gives weights that are not finite (NaNs detected) at "
+                f"{self.views[name].site.path}; look for a diverged training run"
+            )
+        return merged
+
+    def check_merge(self, name: str, safe: bool = False) -> None:
+        """Raise what `merge` would raise for one adapter, and change nothing."""
+        core = self.views[name].core
+        if core.merges != "exact":
+            core.delta(None)
+        if core.merges == "never":
+            raise MergeError(
+                f"merge: the core {type(core).__name__} declares that no matrix equals it; keep "
+                "the adapter unmerged"
+            )
+        self.dense_weight()
+        if safe:
+            self._merged(name, safe)
 
     def unmerge(self) -> None:
         """Take merged updates out of the base weight again, up to rounding in the base's dtype."""
@@ -428,8 +449,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             name = self.merged_adapters.pop()
             if name in self.views:
                 weight = self.dense_weight()
-                delta = wide(self.get_delta_weight(name))
-                weight.data = (wide(weight.detach()) - delta).to(weight.dtype)
+                weight.data = (wide(weight.detach()) - self._update(name)).to(weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether the update is one matrix, so that PEFT can turn it into a plain LoRA."""

@@ -242,35 +242,50 @@ class PolyrankModel(BaseTuner):
 
     # --- merging, unloading ----------------------------------------------------------------------
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        active = self.active_adapters
+    def _check_merge(self, names: list[str] | None, safe: bool) -> None:
+        """Raise before anything changes; raised inside a layer, earlier layers would be merged."""
+        wanted = self.active_adapters if names is None else names
         for module in self.model.modules():
             if isinstance(module, AdaptedLinear):
-                for name in active:
+                for name in wanted:
                     if name in module.views and name not in module.merged_adapters:
-                        view = module.views[name]
-                        if view.core.merges != "exact":
-                            view.core.delta(None)
-                        module.dense_weight()
-            elif isinstance(module, BlockHost) and any(name in module.owned for name in active):
+                        module.check_merge(name, safe)
+            elif isinstance(module, BlockHost) and any(name in module.owned for name in wanted):
                 raise MergeError(
-                    f"merge: the block at {module.site.path} is not linear, so no base weight equals it; "
-                    "keep the adapter unmerged"
+                    f"merge: the block at {module.site.path} is not linear, so no base weight "
+                    "equals it; keep the adapter unmerged"
                 )
 
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge adapters into the base weights, by default the active ones.
+
+        Raises:
+            MergeError: if one of them has no exact dense form, before anything changes.
+            ValueError: with `safe_merge`, if a merged weight is not finite, before anything changes.
+        """
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
     def _unload_and_optionally_merge(
-        self, merge: bool = True, *args: Any, **kwargs: Any
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_merge_allowed()
+            self._check_merge(adapter_names, safe_merge)
         detach_blocks(self.model)
         for module in self.model.modules():
             if isinstance(module, HeadHost):
                 module.enable_adapters(True)
-        unloaded = cast("nn.Module", super()._unload_and_optionally_merge(merge, *args, **kwargs))
-        remove_flow(unloaded)
-        return unloaded
+        unloaded = super()._unload_and_optionally_merge(
+            merge, progressbar, safe_merge, adapter_names
+        )
+        remove_flow(cast("nn.Module", unloaded))
+        return cast("nn.Module", unloaded)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete one adapter from layers, blocks and head."""

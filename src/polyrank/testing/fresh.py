@@ -32,7 +32,7 @@ def fresh_problems(cases: Iterable[Case]) -> dict[str, str]:
     with tempfile.TemporaryDirectory(prefix="polyrank-fresh-") as folder:
         root = Path(folder)
         problems = {str(case): _told(write, case, root / str(case)) for case in cases}
-        return {**problems, **_load_all(root)}
+        return {**problems, **_load_all(root)} if problems else {}
 
 
 def _told(act: Callable[..., str], *args: Any) -> str:
