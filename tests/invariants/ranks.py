@@ -1,0 +1,101 @@
+"""Trains one model by both roads; test_training.py starts it once per rank."""
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+
+import polyrank as pr
+
+ROWS, UPDATES, ACCUMULATION, SIZE = 24, 3, 2, 4
+
+
+def tools():
+    path = Path(__file__).parents[1] / "engine/conftest.py"
+    spec = spec_from_file_location("engine_tools", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Tools()
+
+
+def adapted(helper):
+    model = helper.adapted("smora", dtype=torch.float64, balance=0.01).double()
+    recorder = helper.Recorder()
+    return model, recorder, helper.toy(recorder, penalties=[helper.SumOfB(0.01)])
+
+
+def attached(helper, rank, world):
+    """A plain loop, wrapped for data parallelism if there are two ranks."""
+    model, recorder, strategy = adapted(helper)
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.AdamW(pr.parameter_groups(wrapped, 1e-2, 0.1))
+    attachment = pr.attach(optimizer, wrapped, strategies=[strategy], accumulation=ACCUMULATION)
+    wrapped.train()
+    losses, batches = [], helper.chunks(helper.rows(ROWS), SIZE)
+    part = slice(rank * SIZE // world, (rank + 1) * SIZE // world)
+    for update in range(UPDATES):
+        micro = batches[update * ACCUMULATION : (update + 1) * ACCUMULATION]
+        count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro)
+        total = 0.0
+        for index, batch in enumerate(micro):
+            own = {key: value[part] for key, value in batch.items()}
+            last = index == ACCUMULATION - 1 or world == 1
+            with nullcontext() if last else wrapped.no_sync():
+                items = torch.tensor(count / world)
+                loss = wrapped(**own, num_items_in_batch=items).loss
+                loss.backward()
+            total += float(loss.detach())
+        losses.append(total)
+        attachment.before_clip()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    attachment.detach()
+    return model, {"losses": losses, "calls": recorder.calls, "norms": recorder.norms}
+
+
+def trained(helper, folder, world):
+    """`polyrank.Trainer`, which finds out about the other rank by itself."""
+    model, recorder, strategy = adapted(helper)
+    arguments = helper.arguments(
+        folder / "out",
+        per_device_train_batch_size=SIZE // world,
+        gradient_accumulation_steps=ACCUMULATION,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        ddp_backend="gloo",
+    )
+    trainer = pr.Trainer(model, arguments, train_dataset=helper.rows(ROWS))
+    trainer.strategies = (strategy,)
+    trainer.train()
+    assert trainer.args.world_size == world
+    facts = {"losses": helper.losses(trainer), "calls": recorder.calls, "norms": recorder.norms}
+    return model, facts
+
+
+def main(folder, rank, world):
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo")
+    helper, facts = tools(), {}
+    for road, (model, fact) in {
+        "attach": attached(helper, rank, world),
+        "trainer": trained(helper, folder, world),
+    }.items():
+        facts[road] = fact
+        save_file(helper.trained(model), str(folder / f"{rank}-{road}.safetensors"))
+    (folder / f"{rank}.json").write_text(json.dumps(facts))
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
