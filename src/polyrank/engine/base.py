@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from polyrank.streams import Stream
 # Where the classifier of an image or sequence model sits, most common name first.
 CLASSIFIERS = ("classifier", "score", "fc", "head")
 EPOCHS, BATCH, RATE = 40, 32, 1e-3
+Watch = Callable[[str, dict[str, Any]], None]
 
 
 def small_vit(classes: int, image: int = 8, channels: int = 1) -> ViTForImageClassification:
@@ -42,7 +44,12 @@ def small_vit(classes: int, image: int = 8, channels: int = 1) -> ViTForImageCla
     return ViTForImageClassification(config)
 
 
-def pretrain(stream: Stream, seed: int) -> nn.Module:
+def steps(rows: int) -> int:
+    """Return how many updates `pretrain` makes on so many rows."""
+    return EPOCHS * -(-rows // BATCH)
+
+
+def pretrain(stream: Stream, seed: int, watch: Watch = lambda event, fields: None) -> nn.Module:
     """Train a small model on the stream's pretraining task, on this machine, keyed by the seed.
 
     Raises:
@@ -57,9 +64,8 @@ def pretrain(stream: Stream, seed: int) -> nn.Module:
         torch.manual_seed(seed_of("base", seed))
         model = small_vit(len(task.classes)).train()
         rows = TaskRows([task.data["train"]])
-        steps = EPOCHS * -(-len(rows) // BATCH)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps(len(rows)))
         for epoch in range(EPOCHS):
             for batch in batches(rows, BATCH, seed=seed_of(seed, "base", epoch)):
                 logits = model(pixel_values=batch["pixel_values"]).logits
@@ -68,6 +74,8 @@ def pretrain(stream: Stream, seed: int) -> nn.Module:
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
+            done = (epoch + 1) * steps(len(rows)) // EPOCHS
+            watch("step", {"step": done, "loss": float(loss.detach())})
     if not torch.isfinite(loss.detach()):
         raise RunError("base: training diverged; report this with your torch version")
     return model.eval()

@@ -259,9 +259,11 @@ class _Engine:
 
     def _pretrain(self) -> nn.Module:
         started = time.perf_counter()
-        model = bases.pretrain(self.stream, self.seed)
         task = self.stream.pretraining
         assert task is not None
+        steps = bases.steps(len(task.data["train"]))
+        self.bar("phase", {"system": "base", "task": task.name, "total": steps})
+        model = bases.pretrain(self.stream, self.seed, self.bar)
         self.watch(
             "pretrain",
             {

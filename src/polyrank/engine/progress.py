@@ -11,10 +11,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Bar:
-    """Shows events of a run on a terminal; silent if standard error is none, or if `on` is False."""
+    """Shows events of a run on standard error: a bar on a terminal, else one line per phase.
+
+    Args:
+        on: False is silent, True draws the bar wherever standard error goes.
+    """
 
     def __init__(self, on: bool | None = None) -> None:
         self.on = sys.stderr.isatty() if on is None else on
+        self.lines = Console(stderr=True, highlight=False) if on is None and not self.on else None
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -41,7 +46,10 @@ class Bar:
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
         """Take one event."""
-        if event == "phase":
+        if event == "phase" and self.lines is not None:
+            where = f"{fields['system']}: {fields['task']} ({fields['total']} updates)"
+            self.lines.print(where, markup=False, soft_wrap=True)
+        if event == "phase" and self.on:
             if self.task is not None:
                 self.progress.remove_task(self.task)
             where = f"{fields['system']}: {fields['task']}"
