@@ -70,7 +70,7 @@ def trained(helper, folder, world):
         gradient_accumulation_steps=ACCUMULATION,
         weight_decay=0.1,
         max_grad_norm=1.0,
-        ddp_backend="gloo",
+        **({"ddp_backend": "gloo"} if world > 1 else {}),
     )
     trainer = pr.Trainer(model, arguments, train_dataset=helper.rows(ROWS))
     trainer.strategies = (strategy,)
