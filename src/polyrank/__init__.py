@@ -1,7 +1,8 @@
 """polyrank: every rank is an expert.
 
-Adapt pretrained models to many tasks, at once or one after another, with published methods behind one formula,
-`y = W x + b + s · B φ(A x ; x)`. Names are loaded at first use; importing the package imports nothing heavy.
+Adapt pretrained models to many tasks, at once or one after another, with published methods behind
+one formula, `y = W x + b + s · B φ(A x ; x)`. Names are loaded at first use; importing the package
+imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -63,7 +65,7 @@ def __dir__() -> list[str]:
 
 
 class _AfterPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Registers polyrank's adapter type once PEFT has been imported, so that either import order works."""
+    """Registers polyrank's adapter type once PEFT is imported, so that either order works."""
 
     def __init__(self) -> None:
         self.spec: importlib.machinery.ModuleSpec | None = None
@@ -79,22 +81,25 @@ class _AfterPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             sys.meta_path.insert(0, self)
             self.spec = None
             return None
-        found = importlib.util.spec_from_file_location(
+        return importlib.util.spec_from_file_location(
             name,
             self.spec.origin,
             loader=self,
             submodule_search_locations=self.spec.submodule_search_locations,
         )
-        return found
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        assert self.spec is not None and self.spec.loader is not None
-        return self.spec.loader.create_module(spec)
+        return self._loader().create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        assert self.spec is not None and self.spec.loader is not None
-        self.spec.loader.exec_module(module)
+        self._loader().exec_module(module)
         importlib.import_module("polyrank.layers")
+
+    def _loader(self) -> importlib.abc.Loader:
+        # Only the spec that `find_spec` made asks, and that has one.
+        assert self.spec is not None
+        assert self.spec.loader is not None
+        return self.spec.loader
 
 
 if "peft" in sys.modules:

@@ -6,13 +6,13 @@ from polyrank.frame.method import SCALINGS, Method, Strategy
 from polyrank.frame.plain import Identity, KaimingZero
 from polyrank.frame.random import keyed, seed_of
 from polyrank.frame.registry import get, load_file, method, names, register, slug
+from polyrank.frame.saved import Generator, Saved, Transform
 from polyrank.frame.site import Site
 from polyrank.frame.slots import (
     ORDER,
     Adapter,
     Block,
     Boundary,
-    Generator,
     Group,
     Head,
     Init,
@@ -24,9 +24,7 @@ from polyrank.frame.slots import (
     PenaltyRule,
     Phase,
     Rule,
-    Saved,
     Step,
-    Transform,
     Workshop,
     conflicts,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,16 +15,20 @@ from polyrank.frame.flow import Flow
 class Core(nn.Module):
     """Turns h = A x into q, the input of B. It never sees x itself, only the products it asked for.
 
-    A subclass sets `widths`, implements `forward` and, if its map is linear and the same for every token, `delta`.
+    A subclass sets `widths`, implements `forward` and, if its map is linear and the same for every
+    token, `delta`.
 
     Attributes:
         widths: (rows of A, columns of B).
-        axes: for each parameter name the meaning of its axes, out of "rank" (one entry per live rank), "in",
-            "expert", None; pruning, growing and permuting read it and need no method of their own.
+        axes: for each parameter name the meaning of its axes, out of "rank" (one entry per live
+            rank), "in", "expert", None; pruning, growing and permuting read it and need no method
+            of their own.
         merges: "exact", "per-condition" (delta needs one) or "never".
-        epilogue: which fused form serves the core: "none", "static", "linear", "self"; "python" if none does.
+        epilogue: which fused form serves the core: "none", "static", "linear", "self"; "python" if
+            none does.
         frozen: names of parameters that are saved but never trained.
-        gates: names of trained parameters that are never decayed, whatever the optimiser's weight decay.
+        gates: names of trained parameters that are never decayed, whatever the optimiser's weight
+            decay.
         counting: True if the core wants `count` to be called in training.
     """
 
@@ -36,7 +41,10 @@ class Core(nn.Module):
     counting: bool = False
 
     def count(self, counts: Tensor) -> None:
-        """Take the number of tokens that chose each rank; only called if `counting` and the forward is live."""
+        """Take the number of tokens that chose each rank.
+
+        Only called if `counting` and the forward is live.
+        """
 
     def banked(self, ranks: int) -> None:
         """Learn that `ranks` frozen ranks now stand before the live ones."""
@@ -46,11 +54,11 @@ class Core(nn.Module):
         return None
 
     def fused(self) -> Any:
-        """Return the operator's epilogue for this core; only called if `epilogue` is not "python"."""
+        """Return the operator's epilogue for this core; called unless `epilogue` is "python"."""
         raise TypeError(f"{type(self).__name__} has epilogue {self.epilogue!r} and no fused form")
 
     def forward(self, h: Tensor, z: Tensor | None, flow: Flow) -> Tensor:
-        """Map h (*, widths[0]) and z = x rowsᵀ (*, e) in fp32 to q (*, widths[1]) in the dtype of h.
+        """Map h (*, widths[0]) and z = x rowsᵀ (*, e), fp32, to q (*, widths[1]) in the dtype of h.
 
         Side effects are limited to counts taken without gradients while `flow.live(self.training)`.
         """
@@ -63,8 +71,8 @@ class Core(nn.Module):
             MergeError: if the map depends on the token.
         """
         raise MergeError(
-            f"merge: the core {type(self).__name__} weighs ranks for each token, so no single matrix equals it; "
-            "keep the adapter unmerged, or ask for an approximation with "
+            f"merge: the core {type(self).__name__} weighs ranks for each token, so no single "
+            "matrix equals it; keep the adapter unmerged, or ask for an approximation with "
             "polyrank.merge(model, approximate=batches)"
         )
 
@@ -73,7 +81,10 @@ class Core(nn.Module):
         return None
 
     def fill(self, rng: torch.Generator) -> None:
-        """Draw the starting values of the core's own parameters; called under no_grad, parameters not on meta."""
+        """Draw the starting values of the core's own parameters.
+
+        Called under no_grad, with no parameter on meta.
+        """
 
     def trained(self) -> list[nn.Parameter]:
         """Return the parameters that may train, by identity."""
@@ -82,13 +93,13 @@ class Core(nn.Module):
 
 class _Inject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, loss: Tensor, factor: Tensor | float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, q: Tensor, loss: Tensor, factor: Tensor | float) -> Tensor:
         ctx.factor = factor
         ctx.save_for_backward(loss)
         return q.view_as(q)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (loss,) = ctx.saved_tensors
         return grad, torch.ones_like(loss) * ctx.factor, None
 
@@ -96,7 +107,8 @@ class _Inject(torch.autograd.Function):
 def inject(q: Tensor, loss: Tensor, flow: Flow) -> Tensor:
     """Return q unchanged and add flow.aux · ∂loss to the gradients when q is differentiated.
 
-    The loss belongs to the layer that computes it: nothing is collected, so a recomputed segment cannot count it
-    twice and a forward that is thrown away leaves nothing behind.
+    The loss belongs to the layer that computes it: nothing is collected, so a recomputed segment
+    cannot count it twice and a forward that is thrown away leaves nothing behind.
     """
-    return _Inject.apply(q, loss, flow.aux)
+    apply: Callable[..., Tensor] = _Inject.apply
+    return apply(q, loss, flow.aux)

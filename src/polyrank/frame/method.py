@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, fields
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ class _Slots:
         trains: roles whose parameters train.
         merges: "exact", "per-condition" or "never".
         neutral: the model at start equals the base bit for bit.
-        needs: what the stream must give: "task_id", "condition", "class_names", "boundary", "replay" …
+        needs: what the stream must give: "task_id", "condition", "class_names", "boundary",
+            "replay" …
         choices: the values that an option may take, by option.
         least: the smallest value that an option may take, by option.
     """
@@ -74,19 +75,23 @@ class _Slots:
                 raise
         return found
 
+    def _specs(self) -> tuple[Field[Any], ...]:
+        # Only the classes derived from this one are dataclasses.
+        return fields(cast("Any", self))
+
     def _types(self) -> Iterator[str]:
-        for spec in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, spec.name)
-            default = spec.default
+        for spec in self._specs():
+            value, default, declared = getattr(self, spec.name), spec.default, str(spec.type)
             numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
-            if numeric and "str" not in str(spec.type) and value is not None:
-                whole = isinstance(default, int) and "float" not in str(spec.type)
+            if numeric and "str" not in declared and value is not None:
+                whole = isinstance(default, int) and "float" not in declared
                 good = isinstance(value, numbers.Integral if whole else numbers.Real)
                 if not good or isinstance(value, bool) or not math.isfinite(value):
-                    yield f"{spec.name}: got {value!r}, expected {'an integer' if whole else 'a finite number'}"
+                    expected = "an integer" if whole else "a finite number"
+                    yield f"{spec.name}: got {value!r}, expected {expected}"
             elif isinstance(default, bool) and not isinstance(value, bool):
                 yield f"{spec.name}: got {value!r}, expected true or false"
-            elif str(spec.type) == "str" and not isinstance(value, str):
+            elif declared == "str" and not isinstance(value, str):
                 yield f"{spec.name}: got {value!r}, expected a word"
 
     def _ranges(self) -> Iterator[str]:
@@ -102,7 +107,7 @@ class _Slots:
 
     def options(self) -> dict[str, Any]:
         """Return all options as plain values, ready for JSON."""
-        return {spec.name: _plain(getattr(self, spec.name)) for spec in fields(self)}  # type: ignore[arg-type]
+        return {spec.name: _plain(getattr(self, spec.name)) for spec in self._specs()}
 
     def rules(self) -> list[Rule]:
         """Return fresh rules; each is bound to one phase."""
@@ -143,7 +148,8 @@ class Method(_Slots):
         r: number of live ranks per layer, >= 1.
         alpha: numerator of the scaling s, > 0.
         scaling: "alpha/r", "alpha/sqrt(r)", "alpha/k", "alpha", or the number s itself.
-        dropout: probability in [0, 1) of zeroing an input entry of A (and of the router) in training.
+        dropout: probability in [0, 1) of zeroing an input entry of A (and of the router) in
+            training.
     """
 
     kind: ClassVar[str] = "method"
@@ -161,18 +167,26 @@ class Method(_Slots):
 
     def _shared(self) -> Iterator[str]:
         if isinstance(self.r, int) and self.r < 1:
-            yield f"r: got {self.r}, expected at least 1 rank; leave modules out of target_modules to skip them"
+            yield (
+                f"r: got {self.r}, expected at least 1 rank; "
+                "leave modules out of target_modules to skip them"
+            )
         if isinstance(self.alpha, numbers.Real) and not self.alpha > 0:
-            yield f"alpha: got {self.alpha}, expected > 0; it is the numerator of the scaling, 16 is common"
+            yield (
+                f"alpha: got {self.alpha}, expected > 0; "
+                "it is the numerator of the scaling, 16 is common"
+            )
         if isinstance(self.dropout, numbers.Real) and not 0 <= self.dropout < 1:
             yield f"dropout: got {self.dropout}, expected 0 <= dropout < 1; use 0 to switch it off"
         if isinstance(self.scaling, str):
-            if self.scaling not in self.scalings:
-                yield f"scaling: got {self.scaling!r}, expected one of {', '.join(self.scalings)} or a number"
-            elif self.scaling == "alpha/k" and not hasattr(self, "k"):
-                yield "scaling: got 'alpha/k', but this method has no k (active ranks); use 'alpha/r'"
-        elif not isinstance(self.scaling, numbers.Real) or isinstance(self.scaling, bool):
-            yield f"scaling: got {self.scaling!r}, expected one of {', '.join(self.scalings)} or a number"
+            good = self.scaling in self.scalings
+        else:
+            good = isinstance(self.scaling, numbers.Real) and not isinstance(self.scaling, bool)
+        if not good:
+            words = ", ".join(self.scalings)
+            yield f"scaling: got {self.scaling!r}, expected one of {words} or a number"
+        elif self.scaling == "alpha/k" and not hasattr(self, "k"):
+            yield "scaling: got 'alpha/k', but this method has no k (active ranks); use 'alpha/r'"
 
     def scale(self, site: Site) -> float:
         """Return s for one site; the convention is an option and is saved with the adapter."""
@@ -223,12 +237,15 @@ class Method(_Slots):
     def condition(
         self, batch: dict[str, Any], base_forward: Callable[..., Any] | None = None
     ) -> Tensor | None:
-        """Return what `Flow.condition` shall hold for a batch; the batch's own "condition" by default."""
+        """Return what `Flow.condition` holds for a batch; by default the batch's "condition"."""
         given: Tensor | None = batch.get("condition")
         return given
 
     def parameters_per_site(self, site: Site) -> int:
-        """Return how many weights train at one site, r (d_in + d_out) for plain LoRA: tests hold tensors to it."""
+        """Return how many weights train at one site, r (d_in + d_out) for plain LoRA.
+
+        Tests hold the tensors to it.
+        """
         return site.r * (site.d_in + site.d_out)
 
     def vital_sign(self, adapter: Adapter) -> dict[str, float]:
@@ -263,8 +280,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list, set, frozenset)):
         return [_plain(item) for item in value]
     return value
-
-
-def check_all(entries: Iterable[_Slots]) -> list[str]:
-    """Return the problems of several entries, each with its name in front."""
-    return [f"{entry.name}: {problem}" for entry in entries for problem in entry.checks()]

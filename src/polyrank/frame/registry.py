@@ -1,4 +1,4 @@
-"""Methods and strategies by name: found lazily in `polyrank.methods`, in entry points, or in one's own file."""
+"""Methods and strategies by name, found lazily: shipped, in entry points, in one's own file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from dataclasses import MISSING, fields
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from polyrank.errors import ConfigError, nearest
 from polyrank.frame.method import Method, Strategy
@@ -41,7 +41,8 @@ def register(cls: T) -> T:
         cls.__qualname__,
     ):
         raise ConfigError(
-            f"method {name!r}: registered twice, by {held.__module__} and by {cls.__module__}; rename one of the files"
+            f"method {name!r}: registered twice, by {held.__module__} and by {cls.__module__}; "
+            "rename one of the files"
         )
     cls.name = name
     _found[name] = cls
@@ -94,7 +95,8 @@ def method(name: str, /, **options: Any) -> Any:
     cls = get(name)
     known = {spec.name: spec for spec in fields(cls)}
     problems = [
-        f"{cls.name}: unknown option {key!r}, expected one of {', '.join(known)};{nearest(key, known)}"
+        f"{cls.name}: unknown option {key!r}, expected one of {', '.join(known)};"
+        f"{nearest(key, known)}"
         for key in options
         if key not in known
     ]
@@ -114,7 +116,8 @@ def method(name: str, /, **options: Any) -> Any:
 def load_file(path: str | Path) -> Entry:
     """Import one's own method from a Python file and return its class.
 
-    The file runs as code, so load only what you trust. It must hold one class marked with `@register`.
+    The file runs as code, so load only what you trust. It must hold one class marked with
+    `@register`.
 
     Raises:
         ConfigError: if the file is missing, cannot be imported or registers nothing.
@@ -151,4 +154,4 @@ def load_file(path: str | Path) -> Entry:
             f"method file: {file.name} registers nothing under {name!r}; "
             "put @register from polyrank.frame above its dataclass"
         )
-    return cast("Entry", _found[name])
+    return _found[name]

@@ -10,14 +10,16 @@ class Site:
     """One adapted place of a model.
 
     Args:
-        path: module path in the base model, ``"model.layers.0.self_attn.q_proj"``; for a block its own path.
+        path: module path in the base model, ``"model.layers.0.self_attn.q_proj"``; for a block its
+            own path.
         d_in: input width.
         d_out: output width.
         r: number of live ranks, after ``rank_pattern`` or the shapes of a saved adapter.
         alpha: numerator of the scaling, after ``alpha_pattern``.
         depth: number of the transformer block, -1 outside of any.
         depths: how many transformer blocks the model has, -1 if none was recognised.
-        masks: which mask speaks about the tokens seen here: ``"mask"``, ``"decoder"`` or ``""`` (none).
+        masks: which mask speaks about the tokens seen here: ``"mask"``, ``"decoder"`` or ``""``
+            (none).
     """
 
     path: str

@@ -1,7 +1,8 @@
 """The slots a method fills, each with the moment at which it is called.
 
-Rules and penalties see one adapter over the whole model (`Adapter`) and never the model or its names; boundaries see
-a `Workshop`, the services of the engine. What a slot may assume is written at its methods.
+Rules and penalties see one adapter over the whole model (`Adapter`) and never the model or its
+names; boundaries see a `Workshop`, the services of the engine. What a slot may assume is written at
+its methods.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ ORDER = {"penalty": 10, "constrain": 20, "project": 30, "prox": 60, "balance": 7
 class Layer(Protocol):
     """One adapted linear layer as one adapter sees it.
 
-    A is (widths[0], d_in), B is (d_out, widths[1]), both live and usually fp32; `bank` are frozen ranks read before
-    the live ones, `shadow` is (A0, B0, δ0), subtracted, `row_scale` (d_out,) acts in backward on A and B only.
+    A is (widths[0], d_in), B is (d_out, widths[1]), both live and usually fp32; `bank` are frozen
+    ranks read before the live ones, `shadow` is (A0, B0, δ0), subtracted, `row_scale` (d_out,) acts
+    in backward on A and B only.
     """
 
     site: Site
@@ -46,8 +48,8 @@ class Layer(Protocol):
 class Block(nn.Module):
     """Replaces the output of the module at `add`, having read the input of the module at `tap`.
 
-    Both are module paths relative to the transformer block. Trained parameters have role "side" unless `roles` names
-    another.
+    Both are module paths relative to the transformer block. Trained parameters have role "side"
+    unless `roles` names another.
     """
 
     tap: str
@@ -56,14 +58,14 @@ class Block(nn.Module):
     roles: ClassVar[dict[str, str]] = {}
 
     def forward(self, base: Callable[..., Tensor], x: Tensor, tapped: Tensor, flow: Flow) -> Tensor:
-        """Return what stands in place of `base(x)`; `base` runs the original module with all its arguments."""
+        """Return what replaces `base(x)`; `base` runs the original with all its arguments."""
         raise NotImplementedError(
             f"{type(self).__name__} must define forward(base, x, tapped, flow)"
         )
 
 
 class Head(nn.Module):
-    """A classifier that grows; saved with the adapter, since PEFT's modules_to_save cannot change shape."""
+    """A classifier that grows; saved with the adapter, as modules_to_save cannot change shape."""
 
     names: list[str]
 
@@ -74,7 +76,7 @@ class Head(nn.Module):
     def forward(
         self, embedding: Tensor, encode: Callable[[Sequence[str]], Tensor] | None = None
     ) -> Tensor:
-        """Return logits (batch, seen classes) in fp32; `encode` is the model's own text tower if it has one."""
+        """Return fp32 logits (batch, seen classes); `encode` is the model's text tower, if any."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(embedding, encode)")
 
 
@@ -95,7 +97,7 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Where an optimiser update stands: `index` of `total`, counted from 0; `peak` is the highest rate so far."""
+    """Where an update stands: `index` of `total`, from 0; `peak` is the highest rate so far."""
 
     index: int
     total: int
@@ -120,14 +122,15 @@ class Init:
         return stat
 
     def fill(self, layer: Layer, stat: dict[str, Tensor] | None, rng: torch.Generator) -> None:
-        """Write A, B, core and shadow of one layer under no_grad; `rng` is keyed by (seed, adapter, path)."""
+        """Write A, B, core and shadow under no_grad; `rng` is keyed by (seed, adapter, path)."""
         raise NotImplementedError(f"{type(self).__name__} must define fill(layer, stat, rng)")
 
 
 class Rule:
     """Something that happens at fixed moments of every optimiser update.
 
-    Rules run sorted by (order, name). A rule that `expects` what an earlier one `touches` is refused before loading.
+    Rules run sorted by (order, name). A rule that `expects` what an earlier one `touches` is
+    refused before loading.
     """
 
     order: int = ORDER["project"]
@@ -151,7 +154,7 @@ class Rule:
         """Run on gradients that are complete, reduced, unscaled and not yet clipped."""
 
     def after(self, step: Step) -> None:
-        """Run after the optimiser really stepped; a step skipped by a loss scaler does not count."""
+        """Run after the optimiser really stepped; one skipped by a loss scaler does not count."""
 
     def state(self) -> dict[str, Tensor | float | int | str]:
         """Return what a resumed run needs, keyed by site path where it belongs to a layer."""
@@ -163,7 +166,10 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Parameters that share an update rule; `lr` multiplies the base rate, None leaves weight decay to the run."""
+    """Parameters that share an update rule.
+
+    `lr` multiplies the base rate; a `weight_decay` of None leaves it to the run.
+    """
 
     params: list[nn.Parameter]
     update: str = "adamw"
@@ -186,9 +192,10 @@ class Out:
 class Loss:
     """A term that needs a batch; evaluated inside the one student forward of a micro-batch.
 
-    `per` names what is counted ("label", "token", "sample"): the term returns the sum and the engine divides by the
-    count over the whole update and all processes. A `batchwise` term is not linear in the batch: its mean per
-    micro-batch is averaged and no invariance under accumulation is claimed.
+    `per` names what is counted ("label", "token", "sample"): the term returns the sum and the
+    engine divides by the count over the whole update and all processes. A `batchwise` term is not
+    linear in the batch: its mean per micro-batch is averaged and no invariance under accumulation
+    is claimed.
     """
 
     needs: frozenset[str] = frozenset()
@@ -203,7 +210,7 @@ class Loss:
 
 
 class Penalty:
-    """A term that sees parameters only; its gradient is added once per update, never per micro-batch."""
+    """A term in parameters only; its gradient is added once per update, not per micro-batch."""
 
     weight: float = 1.0
 
@@ -213,7 +220,7 @@ class Penalty:
 
 
 class PenaltyRule(Rule):
-    """Runs a penalty as a rule: autograd on the adapter's tensors once per update, added to complete gradients."""
+    """Runs a penalty as a rule: its gradient is added, once per update, to complete gradients."""
 
     order = ORDER["penalty"]
     touches = frozenset({"grad"})
@@ -247,10 +254,11 @@ class PenaltyRule(Rule):
 
 @dataclass(kw_only=True)
 class Phase:
-    """One Trainer run inside a task: `steps` updates of the roles in `train` (0 steps: the run's own schedule).
+    """One Trainer run inside a task: `steps` updates of the roles in `train`.
 
-    `span` = (first, total) places the phase in a learning-rate schedule shared by several phases; `carry` maps the
-    old optimiser state to the new one; `keep` is "last" or "best" (the best snapshot is put back at the end).
+    0 steps stand for the run's own schedule. `span` = (first, total) places the phase in a
+    learning-rate schedule shared by several phases; `carry` maps the old optimiser state to the new
+    one; `keep` is "last" or "best" (the best snapshot is put back at the end).
     """
 
     name: str = "train"
@@ -266,7 +274,10 @@ class Phase:
 
 @dataclass(kw_only=True)
 class Job:
-    """Resumable work outside the Trainer: called until it returns True; all it knows is in the saved state."""
+    """Resumable work outside the Trainer, called until it returns True.
+
+    All it knows is in the saved state.
+    """
 
     name: str
     step: Callable[[Workshop, dict[str, Any]], bool]
@@ -275,7 +286,8 @@ class Job:
 class Boundary:
     """The state machine of a task, and the only place where shapes or base weights may change.
 
-    No optimiser exists while it runs. `persistent` says that factors keep their meaning from task to task.
+    No optimiser exists while it runs. `persistent` says that factors keep their meaning from task
+    to task.
     """
 
     persistent: bool = True
@@ -284,7 +296,7 @@ class Boundary:
         """Prepare a task: append ranks, split, collect prototypes."""
 
     def next(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> Phase | Job | None:
-        """Return the next piece of work as a function of `state` alone, so that a killed run finds its way back."""
+        """Return the next piece of work, from `state` alone: a killed run finds its way back."""
         if state.get("trained"):
             return None
         state["trained"] = True
@@ -341,32 +353,6 @@ class Workshop(Protocol):
         """Return the generator keyed by (seed, task, name)."""
 
 
-@dataclass(kw_only=True)
-class Saved:
-    """An adapter on disk: PEFT's layout of tensors, the config that decides their shapes, a plan of what was cut."""
-
-    tensors: dict[str, Tensor]
-    config: dict[str, Any]
-    plan: dict[str, Any] = field(default_factory=dict)
-
-
-class Transform(Protocol):
-    """Adapters to adapter: squeeze, truncate, prune, recover."""
-
-    def __call__(self, *adapters: Saved, base: Mapping[str, Tensor] | None = None) -> Saved:
-        """Return a new adapter and leave its inputs as they are."""
-
-
-class Generator(Protocol):
-    """Descriptions to adapters."""
-
-    def fit(self, library: Sequence[Saved], conditions: Tensor, state: dict[str, Any]) -> bool:
-        """Do one step of fitting; True once done (the body of a Job)."""
-
-    def sample(self, condition: Tensor, n: int, seed: int | None) -> list[Saved]:
-        """Return n adapters; seed None gives the mean."""
-
-
 def conflicts(rules: Iterable[Rule]) -> list[str]:
     """List pairs of rules that cannot work together, as problems for a ConfigError."""
     problems = []
@@ -376,13 +362,13 @@ def conflicts(rules: Iterable[Rule]) -> list[str]:
             both = {what.removeprefix("true_") for what in rule.expects} & earlier.touches
             if both:
                 problems.append(
-                    f"rules: {rule.name!r} expects an untouched {', '.join(sorted(both))}, but {earlier.name!r} "
-                    "changes it first; drop one of the two"
+                    f"rules: {rule.name!r} expects an untouched {', '.join(sorted(both))}, but "
+                    f"{earlier.name!r} changes it first; drop one of the two"
                 )
             if earlier.order == rule.order == ORDER["prox"] and earlier.touches & rule.touches:
                 problems.append(
-                    f"rules: {earlier.name!r} and {rule.name!r} both rewrite the parameters after a step; "
-                    "drop one of the two"
+                    f"rules: {earlier.name!r} and {rule.name!r} both rewrite the parameters after "
+                    "a step; drop one of the two"
                 )
         seen.append(rule)
     return problems
