@@ -36,7 +36,9 @@ LIGHT = [SRC / "metrics", SRC / "reports", SRC / "io" / "runs.py", SRC / "errors
 CODE_LINES = {"src": 400, "tests": 500, "methods": 120, "cli": 80}
 FUNCTION_LINES = 60
 # Files or functions above their limit, each with the reason why splitting it would read worse.
-LONGER: dict[str, str] = {}
+LONGER: dict[str, str] = {
+    "src/polyrank/methods/moe_lora.py": "eleven published methods behind one set of options",
+}
 
 
 def sources(root=SRC):

@@ -360,6 +360,18 @@ def test_a_loss_takes_the_fused_form_away_in_training_alone():
     assert_close(layer(x), fused)
 
 
+def test_the_condition_is_the_batchs_own_or_for_tasks_its_task():
+    task, given = torch.tensor([1, 0]), torch.tensor([[0], [1]])
+    gate = pr.method("moe-lora", router="task", tasks=2)
+    typed = pr.method("moe-lora", router="loramoe", beta=0.1)
+    assert gate.needs == {"task_id"}
+    assert typed.needs == {"condition"}
+    assert gate.condition({"task": task}) is task
+    assert typed.condition({"task": task}) is None
+    for method in (gate, typed):
+        assert method.condition({"task": task, "condition": given}) is given
+
+
 def test_ranks_are_counted_in_total_or_per_expert():
     total, each = moe("soft"), moe("soft", r=R_E, rank_per="expert")
     copy_factors(total, each)
