@@ -164,6 +164,7 @@ class Tools:
                 "logging_steps": 1,
                 "train_sampling_strategy": "sequential",
                 "use_cpu": True,
+                "bf16": False,
                 "save_strategy": "no",
                 "report_to": [],
                 "disable_tqdm": True,
