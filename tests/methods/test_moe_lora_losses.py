@@ -169,6 +169,23 @@ def test_noise_is_the_same_when_a_segment_is_computed_again(reentrant):
         assert_close(a, b)
 
 
+# torch.compile itself makes an instance of the autograd function that injects.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "options", [CASES["both"][0], CASES["loramoe"][0], {"router": "top1_gumbel"}], ids=str
+)
+def test_one_compiled_graph_gives_the_same_gradients(options):
+    model, x = adapted(**options), inputs()
+    layer = pr.adapter_of(model).layers[0]
+    wanted = [x, layer.A, layer.B, layer.core.router.weight]
+    compiled = torch.compile(layer.module, backend="aot_eager", fullgraph=True)
+    with layer.module.flow.put(mask=padding().bool(), condition=TYPES):
+        plain = torch.autograd.grad(task_loss(layer.module(x)), wanted)
+        found = torch.autograd.grad(task_loss(compiled(x)), wanted)
+    for a, b in zip(found, plain, strict=True):
+        assert_close(a, b)
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_loss_is_divided_by_the_accumulation(accumulation):
     options, loss = CASES["both"]
