@@ -21,6 +21,11 @@ class Identity(Core):
     def __init__(self, r: int) -> None:
         super().__init__()
         self.widths = (r, r)
+        self.bank = 0
+
+    def banked(self, ranks: int) -> None:
+        """Frozen ranks pass through like the live ones."""
+        self.bank = ranks
 
     def fused(self) -> Epilogue:
         """Return the operator's form."""
@@ -31,12 +36,12 @@ class Identity(Core):
         return h
 
     def delta(self, condition: Tensor | None = None) -> Tensor:
-        """Return the identity matrix."""
-        return torch.eye(self.widths[0])
+        """Return the identity matrix, the bank's ranks included."""
+        return torch.eye(self.bank + self.widths[0])
 
 
 class KaimingZero(Init):
-    """A ~ U(±1/√d_in) (Kaiming uniform with a = √5), B = 0: the adapted model starts as the base."""
+    """A ~ U(±1/√d_in) (Kaiming uniform, a = √5), B = 0: the adapted model starts as the base."""
 
     def fill(self, layer: Layer, stat: dict[str, Tensor] | None, rng: torch.Generator) -> None:
         """Write A and B; the core draws its own parameters."""

@@ -16,6 +16,11 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 
+try:
+    from peft.utils.error import NoMatchingPeftModuleError as NoMatch
+except ImportError:
+    NoMatch = ValueError
+
 TARGETS: dict[str, list[str]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 in_out_features = _get_in_out_features
 
@@ -24,6 +29,7 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "NoMatch",
     "check_adapters_to_merge",
     "check_target_module_exists",
     "get_pattern_key",

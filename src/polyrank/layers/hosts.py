@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -180,18 +181,30 @@ class BlockForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active block around the module's own forward."""
         host = cast("BlockHost", self.module.polyrank_block)
+        x, args, kwargs = _first(self.module, args, kwargs)
 
         def base(value: Tensor) -> Any:
             return type(self.module).forward(self.module, value, *args, **kwargs)
 
         name = host.active() if host.flow.view != "base" else None
-        if name is None:
-            return base(x)
-        block = cast("Block", host.owned[name])
-        return block(base, x, host.tapped.pop(block.tap, x), host.flow)
+        block = None if name is None else cast("Block", host.owned[name])
+        tapped = x if block is None else host.tapped.get(block.tap, x)
+        # Whatever happens, no activation outlives its forward here.
+        host.tapped.clear()
+        return base(x) if block is None else block(base, x, tapped, host.flow)
+
+
+def _first(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Return a forward's first argument, however it was passed, and the rest."""
+    if args:
+        return args[0], args[1:], kwargs
+    name = next(n for n in inspect.signature(type(module).forward).parameters if n != "self")
+    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
 
 
 class Tap:
@@ -201,9 +214,9 @@ class Tap:
         self.host = host
         self.tap = tap
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Keep the first positional input until the block reads it."""
-        self.host.tapped[self.tap] = args[0]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the first input until the block reads it."""
+        self.host.tapped[self.tap] = _first(module, args, kwargs)[0]
 
 
 def attach_block(
@@ -216,22 +229,15 @@ def attach_block(
         host = BlockHost(site, flow)
         module.add_module("polyrank_block", host)
         module.forward = BlockForward(module)  # type: ignore[method-assign]
-    if block.tap != block.add and block.tap not in {
-        getattr(h, "tap", None) for h in _taps(inside, block.tap)
-    }:
-        inside.get_submodule(block.tap).register_forward_pre_hook(Tap(host, block.tap))
+    at = inside.get_submodule(block.tap)
+    if block.tap != block.add and not any(
+        isinstance(hook, Tap) and hook.host is host for hook in at._forward_pre_hooks.values()
+    ):
+        at.register_forward_pre_hook(Tap(host, block.tap), with_kwargs=True)
     host.update_block(name, block, method)
     reference = next(inside.parameters(), torch.empty(0))
     if reference.device.type != "meta":
         host.to(reference.device)
-
-
-def _taps(inside: nn.Module, tap: str) -> list[Callable[..., Any]]:
-    return [
-        hook
-        for hook in inside.get_submodule(tap)._forward_pre_hooks.values()
-        if isinstance(hook, Tap)
-    ]
 
 
 def detach_blocks(model: nn.Module) -> None:
@@ -240,6 +246,7 @@ def detach_blocks(model: nn.Module) -> None:
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, Tap):
                 del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
         if isinstance(module._modules.get("polyrank_block"), BlockHost):
             del module._modules["polyrank_block"]
             del module.forward

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,11 @@ from polyrank.ops.rank_gate import rank_gate
 def wide(t: Tensor) -> Tensor:
     """Return t in fp32, or as it is in fp64."""
     return t if t.dtype == torch.float64 else t.float()
+
+
+def _through(delta: Tensor, h: Tensor) -> Tensor:
+    """Return δ0 h for h (…, w) and δ0 a matrix, a diagonal (w,) or a number."""
+    return F.linear(h, delta) if delta.dim() == 2 else h * delta
 
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -48,6 +54,8 @@ class Frozen(nn.Module):
         self.B = nn.Parameter(B, requires_grad=False)
         self.delta = None if delta is None else nn.Parameter(delta, requires_grad=False)
         self.core = None if core is None else core.requires_grad_(False)
+        # Of a replica: (live ranks, banked ranks) when it was made.
+        self.shape = (0, 0)
 
     def train(self, mode: bool = True) -> Frozen:
         """Stay in evaluation mode: Trainer calls model.train() before every micro-batch."""
@@ -97,6 +105,16 @@ class View(Layer):
             else None
         )
 
+    @shadow.setter
+    def shadow(self, factors: tuple[Tensor, Tensor, Tensor | None] | None) -> None:
+        """Keep copies of (A0 (w, d_in), B0 (d_out, w), δ0 (), (w,), (w, w) or None), frozen."""
+        held = self.module.polyrank_shadow
+        if factors is None:
+            held.pop(self.name, None)
+            return
+        A0, B0, delta = (None if t is None else t.detach().clone() for t in factors)
+        held[self.name] = Frozen(A0, B0, delta=delta)
+
     def weight(self) -> Tensor:
         """Return the base weight as dense fp32 (d_out, d_in)."""
         weight = self.module.dense_weight().detach().float()
@@ -140,6 +158,12 @@ class View(Layer):
             if counts is not None:
                 core.count(counts)
             return y
+        if self.row_scale is not None:
+            raise ConfigError(
+                f"row_scale at {self.site.path}: the core {type(core).__name__} runs without a "
+                "kernel, which alone can scale the gradients of A and B and not that of the input; "
+                "use a core with an epilogue, such as frame.Identity"
+            )
         autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
         if autocast:
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -153,7 +177,7 @@ class View(Layer):
             if self.shadow is not None:
                 A0, B0, delta = self.shadow
                 h0 = F.linear(x, A0.to(x.dtype))
-                h0 = h0 if delta is None else F.linear(h0, delta.to(h0.dtype))
+                h0 = h0 if delta is None else _through(delta.to(h0.dtype), h0)
                 update = update - F.linear(h0, B0.to(h0.dtype))
             return y + update.to(y.dtype) * self.scale
 
@@ -168,7 +192,7 @@ class View(Layer):
         update = B @ core.delta(condition).detach().to(B) @ A
         if self.shadow is not None:
             A0, B0, delta = (None if t is None else wide(t) for t in self.shadow)
-            update = update - B0 @ (A0 if delta is None else delta @ A0)
+            update = update - B0 @ (A0 if delta is None else _through(delta, A0.T).T)
         update = update * self.scale
         if (gain := core.base_gain()) is not None:
             update = update + (float(gain) - 1) * self.weight()
@@ -178,6 +202,12 @@ class View(Layer):
 class AdaptedLinear(nn.Module, BaseTunerLayer):
     """Wraps a linear layer (or GPT-2's Conv1D, or a quantised one) and adds the updates of its active adapters."""
 
+    polyrank_A: nn.ModuleDict
+    polyrank_B: nn.ModuleDict
+    polyrank_core: nn.ModuleDict
+    polyrank_bank: nn.ModuleDict
+    polyrank_shadow: nn.ModuleDict
+    polyrank_replica: nn.ModuleDict
     adapter_layer_names = ("polyrank_A", "polyrank_B", "polyrank_core")
     other_param_names = ("polyrank_bank", "polyrank_shadow", "polyrank_replica")
 
@@ -212,15 +242,32 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             )
             core.banked(bank)
         if shadow := shapes.get("shadow"):
-            delta = torch.zeros(shadow, shadow) if shapes.get("shadow_delta") else None
-            self.polyrank_shadow[name] = Frozen(
-                torch.zeros(shadow, site.d_in), torch.zeros(site.d_out, shadow), delta=delta
+            delta = shapes.get("shadow_delta")
+            view.shadow = (
+                torch.zeros(shadow, site.d_in),
+                torch.zeros(site.d_out, shadow),
+                None if delta is None else torch.zeros(delta),
             )
-        for replica in shapes.get("replicas", ()):
-            self.replicate(name, replica)
+        for replica, (r, bank) in shapes.get("replicas", {}).items():
+            self._replicate_shape(name, replica, r, bank)
         if seed is not None and view.A.device.type != "meta":
             self.fill(name, seed)
         self._move_adapter_to_device_of_base_layer(name)
+
+    def shapes(self, name: str) -> dict[str, Any]:
+        """Return what decides the shapes of one adapter here beside its options, as plain values."""
+        view = self.views[name]
+        found: dict[str, Any] = {"r": view.site.r, "scale": view.scale}
+        if view.bank is not None:
+            found["bank"] = view.bank[0].shape[0]
+        if view.shadow is not None:
+            found["shadow"] = view.shadow[0].shape[0]
+            if view.shadow[2] is not None:
+                found["shadow_delta"] = list(view.shadow[2].shape)
+        if name in self.polyrank_replica:
+            replicas = cast("nn.ModuleDict", self.polyrank_replica[name])
+            found["replicas"] = {key: list(held.shape) for key, held in sorted(replicas.items())}
+        return found
 
     def fill(self, name: str, seed: int, *key: int | str) -> None:
         """Write the starting values of one adapter, keyed by (seed, adapter, path)."""
@@ -231,12 +278,32 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def replicate(self, name: str, replica: str) -> None:
         """Keep a frozen copy of one adapter's factors under a name that `Flow.view` can show."""
         view = self.views[name]
+        A, B, core, bank = view.factors(Flow())
+        held = Frozen(A.detach().clone(), B.detach().clone(), copy.deepcopy(core))
+        self._hold(name, replica, held, view.site.r, bank)
+
+    def _replicate_shape(self, name: str, replica: str, r: int, bank: int) -> None:
+        """Make room for a saved replica, whose ranks may differ from today's."""
+        view = self.views[name]
+        core = view.method.core(replace(view.site, r=r))
+        if bank:
+            core.banked(bank)
+        A = torch.zeros(bank + core.widths[0], view.site.d_in)
+        B = torch.zeros(view.site.d_out, bank + core.widths[1])
+        self._hold(name, replica, Frozen(A, B, core), r, bank)
+
+    def _hold(self, name: str, replica: str, held: Frozen, r: int, bank: int) -> None:
+        held.shape = (r, bank)
         if name not in self.polyrank_replica:
             self.polyrank_replica[name] = nn.ModuleDict()
-        A, B, core, _ = view.factors(Flow())
-        cast("nn.ModuleDict", self.polyrank_replica[name])[replica] = Frozen(
-            A.detach().clone(), B.detach().clone(), copy.deepcopy(core)
-        )
+        cast("nn.ModuleDict", self.polyrank_replica[name])[replica] = held.eval()
+
+    def drop(self, name: str) -> None:
+        """Remove one adapter and leave the choice of the active one to the caller."""
+        for held in self.adapter_layer_names + self.other_param_names:
+            if name in getattr(self, held):
+                del getattr(self, held)[name]
+        self.views.pop(name, None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter."""

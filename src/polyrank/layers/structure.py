@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyrank.errors import ConfigError, MergeError
-from polyrank.frame import Head, Site, keyed
+from polyrank.frame import Core, Flow, Head, Site, keyed
 from polyrank.layers.adapter import adapter_of
 from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.hosts import HeadHost
@@ -22,8 +24,22 @@ def config_of(model: nn.Module, name: str) -> PolyrankConfig:
     return cast("PolyrankConfig", cast("Any", model).peft_config[name])
 
 
-def _note(model: nn.Module, name: str, view: View) -> dict[str, Any]:
-    return config_of(model, name).sites.setdefault(view.site.path, {})
+def _note(model: nn.Module, view: View) -> None:
+    """Write into the config what a fresh process needs to rebuild one layer."""
+    config_of(model, view.name).sites[view.site.path] = view.module.shapes(view.name)
+
+
+@contextmanager
+def _rebuilt(view: View) -> Iterator[None]:
+    """Give what is made inside the device, the mode and the trainability of what stood there."""
+    layer, training = view.module, view.core.training
+    device, dtype = view.A.device, view.A.dtype
+    trained = any(p.requires_grad for params in view.parameters().values() for p in params)
+    yield
+    layer.polyrank_A[view.name].to(device, dtype)
+    layer.polyrank_B[view.name].to(device, dtype)
+    layer.polyrank_core[view.name].to(device).train(training)
+    layer.set_requires_grad(view.name, trained)
 
 
 def grow_head(
@@ -52,26 +68,42 @@ def grow_head(
 def append(
     model: nn.Module, r: int | None = None, *, adapter: str | None = None, seed: int = 0
 ) -> None:
-    """Freeze the live ranks into the bank and give every layer r fresh ones (None: as many as before)."""
+    """Freeze the live ranks into the bank and give every layer r fresh ones (None: as many as before).
+
+    Raises:
+        ConfigError: if a core cannot stand behind a bank, before anything changes.
+    """
     found = adapter_of(model, adapter)
+    if problems := [p for view in found.layers for p in _append_problems(view)][:1]:
+        raise ConfigError(problems)
     for view in found.layers:
-        layer = view.module
-        A, B, core, _ = view.factors(layer.flow)
-        ranks = view.A.shape[0] if r is None else r
-        if core.widths[0] != core.widths[1]:
-            raise ConfigError(
-                f"append: the core {type(core).__name__} maps {core.widths[0]} to {core.widths[1]} ranks, "
-                "and a bank needs as many rows of A as columns of B; use absorb instead"
-            )
-        layer.polyrank_bank[found.name] = Frozen(A.detach().clone(), B.detach().clone())
-        site = view.site if r is None else _resized(view, ranks)
-        view.site = site
-        layer.polyrank_A[found.name] = Factor(ranks, site.d_in).to(A.device)
-        layer.polyrank_B[found.name] = Factor(site.d_out, ranks).to(B.device)
+        A, B, _, _ = view.factors(Flow())
+        site = _resized(view, view.A.shape[0] if r is None else r)
+        core = view.method.core(site)
         core.banked(A.shape[0])
-        layer.fill(found.name, seed, "append", A.shape[0])
-        _note(model, found.name, view).update(bank=A.shape[0], r=ranks, scale=view.scale)
-        layer.set_adapter(layer.active_adapters)
+        with _rebuilt(view):
+            layer, name = view.module, view.name
+            layer.polyrank_bank[name] = Frozen(A.detach().clone(), B.detach().clone())
+            view.site = site
+            layer.polyrank_A[name] = Factor(core.widths[0], site.d_in)
+            layer.polyrank_B[name] = Factor(site.d_out, core.widths[1])
+            layer.polyrank_core[name] = core
+        layer.fill(name, seed, "append", A.shape[0])
+        _note(model, view)
+
+
+def _append_problems(view: View) -> Iterator[str]:
+    core = view.core
+    if core.widths[0] != core.widths[1]:
+        yield (
+            f"append: the core {type(core).__name__} maps {core.widths[0]} to {core.widths[1]} ranks, "
+            "and a bank needs as many rows of A as columns of B; use absorb instead"
+        )
+    elif type(core).banked is Core.banked:
+        yield (
+            f"append: the core {type(core).__name__} does not define banked(ranks), so it cannot "
+            "read frozen ranks before its own; use absorb, or a method made for banks"
+        )
 
 
 def _resized(view: View, r: int) -> Site:
@@ -85,12 +117,14 @@ def redraw(
     found = adapter_of(model, adapter)
     for view in found.layers:
         view.module.fill(found.name, seed, key)
+        if view.shadow is not None:
+            _note(model, view)
 
 
 def absorb(
     model: nn.Module, *, adapter: str | None = None, lossy: bool = False, seed: int = 0
 ) -> None:
-    """Add the adapter's update to the base weights and redraw it.
+    """Add the adapter's update to the base weights and redraw it; bank, shadow and replicas end.
 
     Args:
         model: a PEFT model with a polyrank adapter.
@@ -103,6 +137,10 @@ def absorb(
             and `lossy` is False; before anything changes.
     """
     found = adapter_of(model, adapter)
+    if any(found.name in view.module.merged_adapters for view in found.layers):
+        raise MergeError(
+            f"absorb: adapter {found.name!r} is merged already; call unmerge_adapter() first"
+        )
     updates: list[tuple[AdaptedLinear, Tensor]] = []
     lost = total = 0.0
     for view in found.layers:
@@ -124,6 +162,15 @@ def absorb(
         )
     for layer, merged in updates:
         layer.dense_weight().data = merged
+    for view in found.layers:
+        had_bank = view.bank is not None
+        for held in view.module.other_param_names:
+            getattr(view.module, held).pop(view.name, None)
+        if had_bank:
+            with _rebuilt(view):
+                view.module.polyrank_core[view.name] = view.method.core(view.site)
+        if view.site.path in config_of(model, view.name).sites:
+            _note(model, view)
     redraw(model, adapter=found.name, seed=seed, key="absorb")
 
 
@@ -135,36 +182,71 @@ def keep(model: nn.Module, view: View, ranks: Tensor) -> None:
         view: the layer.
         ranks: (n,) int64 indices into the live ranks, 1 <= n.
     """
-    core, layer, name = view.core, view.module, view.name
-    if core.widths != (view.A.shape[0], view.A.shape[0]):
+    core, layer, name, r = view.core, view.module, view.name, view.A.shape[0]
+    if core.widths != (r, r):
         raise ConfigError(
-            f"keep: the core {type(core).__name__} maps {core.widths}, and ranks can be kept one by one only "
-            "where A's rows and B's columns correspond"
+            f"keep: the core {type(core).__name__} maps {core.widths}, and ranks can be kept one by "
+            "one only where A's rows and B's columns correspond"
+        )
+    if (
+        not len(ranks)
+        or len(ranks.unique()) != len(ranks)
+        or not int(ranks.min()) >= 0
+        or (int(ranks.max()) >= r)
+    ):
+        raise ConfigError(
+            f"keep: got ranks {ranks.tolist()} at {view.site.path}, expected different numbers out "
+            f"of 0..{r - 1}, one at least"
         )
     ranks = ranks.to(view.A.device)
-    with torch.no_grad():
+    site = _resized(view, len(ranks))
+    fresh = view.method.core(site)
+    if view.bank is not None:
+        fresh.banked(view.bank[0].shape[0])
+    values = {key: _picked(core, key, param, ranks) for key, param in core.named_parameters()}
+    with torch.no_grad(), _rebuilt(view):
         A, B = view.A[ranks].clone(), view.B[:, ranks].clone()
-        fresh = view.method.core(_resized(view, len(ranks))).to(A.device)
-        held = dict(core.named_parameters())
         for key, param in fresh.named_parameters():
-            value = held[key]
-            for axis, meaning in enumerate(core.axes.get(key, ())):
-                value = value.index_select(axis, ranks) if meaning == "rank" else value
-            param.copy_(value)
-        view.site = _resized(view, len(ranks))
-        layer.polyrank_A[name] = Factor(*A.shape).to(A.device)
-        layer.polyrank_B[name] = Factor(*B.shape).to(B.device)
-        view.A.copy_(A)
-        view.B.copy_(B)
-        layer.polyrank_core[name] = fresh.train(core.training)
-    _note(model, name, view).update(r=len(ranks), scale=view.scale)
-    layer.set_adapter(layer.active_adapters)
+            param.data = values[key]
+        view.site = site
+        layer.polyrank_A[name], layer.polyrank_B[name] = Factor(*A.shape), Factor(*B.shape)
+        view.A.data, view.B.data = A, B
+        layer.polyrank_core[name] = fresh
+    _note(model, view)
+
+
+def _picked(core: Core, key: str, param: Tensor, ranks: Tensor) -> Tensor:
+    """Return the part of a core's parameter that belongs to some ranks, by the meaning of its axes."""
+    value, r = param.detach(), core.widths[0]
+    for axis, meaning in enumerate(core.axes.get(key, ())):
+        if meaning == "rank":
+            value = value.index_select(axis, ranks)
+        elif meaning == "expert":
+            block = r // value.shape[axis]
+            experts = ranks[::block] // block
+            whole = experts[:, None] * block + torch.arange(block, device=ranks.device)
+            if not torch.equal(whole.flatten(), ranks):
+                raise ConfigError(
+                    f"keep: {key} of {type(core).__name__} weighs blocks of {block} ranks, but "
+                    f"{ranks.tolist()} splits one; keep whole blocks"
+                )
+            value = value.index_select(axis, experts)
+    return value.clone()
 
 
 def replica(model: nn.Module, name: str, *, adapter: str | None = None) -> None:
-    """Keep a frozen copy of the adapter's factors under a name that `view(model, name)` shows."""
+    """Keep a frozen copy of the adapter's factors under a name that `view(model, name)` shows.
+
+    Raises:
+        ConfigError: for a name that could not be saved or shown.
+    """
     found = adapter_of(model, adapter)
+    taken = {"", "base", *cast("Any", model).peft_config, *dir(nn.ModuleDict)}
+    if not re.fullmatch(r"[A-Za-z0-9_-]*", name) or name in taken:
+        raise ConfigError(
+            f"replica: got name {name!r}, expected letters, digits, '_' and '-', and neither 'base' "
+            "nor the name of an adapter; choose another, for example 'slow'"
+        )
     for view in found.layers:
         view.module.replicate(found.name, name)
-        note = _note(model, found.name, view)
-        note["replicas"] = sorted({*note.get("replicas", ()), name})
+        _note(model, view)

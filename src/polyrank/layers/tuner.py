@@ -10,12 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from polyrank.errors import CheckpointError, ConfigError, MergeError
-from polyrank.frame import Head, Site, keyed
+from polyrank.errors import ConfigError, MergeError, nearest
+from polyrank.frame import Block, Head, Method, Site, keyed
 from polyrank.layers.compat import (
     TARGETS,
     AuxiliaryTrainingWrapper,
     BaseTuner,
+    NoMatch,
     get_pattern_key,
     in_out_features,
 )
@@ -23,9 +24,19 @@ from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.heads import LinearHead
 from polyrank.layers.hosts import BlockHost, HeadHost, attach_block, detach_blocks
 from polyrank.layers.linear import AdaptedLinear
+from polyrank.layers.placement import (
+    PREFIX,
+    blocks_of,
+    check_tensors,
+    depths_of,
+    head_problems,
+    mask_of,
+    name_problems,
+    no_match,
+    tensors_of,
+)
 from polyrank.layers.root import ensure_flow, hook_of, remove_flow
 
-PREFIX = "polyrank_"
 BASE = "__base__"
 
 
@@ -53,26 +64,55 @@ class PolyrankModel(BaseTuner):
             ConfigError: for an adapter name that PEFT cannot save, or targets that cannot be adapted.
         """
         config = cast("PolyrankConfig", self.peft_config[adapter_name])
-        if problems := [*_name_problems(model, adapter_name), *_head_problems(model, config)]:
+        if problems := [*name_problems(model, adapter_name), *head_problems(model, config)]:
             self.peft_config.pop(adapter_name, None)
             raise ConfigError(problems)
         self.flow = ensure_flow(model)
         self._method = config.build()
         self._seed = config.seed if config.seed is not None else torch.initial_seed()
-        self._depths = _depths(model)
-        super().inject_adapter(
-            model,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            state_dict=state_dict,
-        )
-        self._inject_blocks(model, adapter_name)
+        self._depths = depths_of(model)
+        before = {id(m) for m in model.modules() if isinstance(m, AdaptedLinear)}
+        try:
+            blocks = self._make_blocks(model, adapter_name)
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        except Exception as error:
+            self._undo(model, adapter_name, before)
+            if isinstance(error, NoMatch):
+                raise ConfigError(no_match(model, config, str(error))) from error
+            raise
+        for inside, site, block in blocks:
+            attach_block(inside, site, adapter_name, block, self.flow, self._method)
         self._inject_head(model, adapter_name, config)
-        if not autocast_adapter_dtype:
-            self._match_base_dtype(model, adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        self._activate_hosts(model, adapter_name, config)
         self._probe(model, adapter_name)
+
+    def _undo(self, model: nn.Module, name: str, before: set[int]) -> None:
+        """Take out what a failed injection put in, so that the model is as it was."""
+        for path, module in list(model.named_modules()):
+            if isinstance(module, AdaptedLinear) and id(module) not in before:
+                parent, _, leaf = path.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, module.base_layer)
+            elif isinstance(module, AdaptedLinear) and name in module.views:
+                module.drop(name)
+        self.peft_config.pop(name, None)
+        if not before:
+            remove_flow(model)
+
+    def _activate_hosts(self, model: nn.Module, name: str, config: PolyrankConfig) -> None:
+        # Hosts that were there keep the trainability that their adapters had.
+        for host in model.modules():
+            if isinstance(host, (BlockHost, HeadHost)) and name in host.owned:
+                if name in self.active_adapters:
+                    host.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+                else:
+                    host.set_requires_grad(name, False)
 
     def _probe(self, model: nn.Module, name: str) -> None:
         hook = hook_of(model)
@@ -111,6 +151,8 @@ class PolyrankModel(BaseTuner):
             layer = AdaptedLinear(base, self.flow)
             layer.update_layer(adapter_name, self._method, site, saved, self._seed)
             self._replace_module(parent, target_name, layer, target)
+        if layer.views[adapter_name].shadow is not None:
+            peft_config.sites[current_key] = layer.shapes(adapter_name)
         if not peft_config.init_weights and layer.views[adapter_name].B.device.type != "meta":
             with torch.no_grad():
                 B = layer.views[adapter_name].B
@@ -147,24 +189,39 @@ class PolyrankModel(BaseTuner):
             alpha=float(config.alpha_pattern.get(alpha, self._method.alpha)),
             depth=depth,
             depths=depths,
-            masks=_masks(self.model, key),
+            masks=mask_of(self.model, key),
         )
 
-    def _inject_blocks(self, model: nn.Module, name: str) -> None:
-        for path, depth, depths in _blocks(model):
+    def _make_blocks(self, model: nn.Module, name: str) -> list[tuple[nn.Module, Site, Block]]:
+        """Return what the method puts beside its linear layers, all checked before anything changes."""
+        made: list[tuple[nn.Module, Site, Block]] = []
+        problems: list[str] = []
+        for path, depth, depths in blocks_of(model):
+            r, alpha = self._method.r, self._method.alpha
+            site = Site(path=path, d_in=0, d_out=0, r=r, alpha=alpha, depth=depth, depths=depths)
+            # A block draws its own starting values, and must not draw them from the global generator.
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(keyed(self._seed, name, path, "block").get_state())
+                block = self._method.sub_block(site)
+            if block is None:
+                continue
             inside = model.get_submodule(path)
-            site = Site(
-                path=path,
-                d_in=0,
-                d_out=0,
-                r=self._method.r,
-                alpha=self._method.alpha,
-                depth=depth,
-                depths=depths,
+            paths = {p for p, _ in inside.named_modules() if p and PREFIX not in p}
+            problems += [
+                f"block: {path!r} has no module {at!r} to {what};{nearest(at, paths)} expected one of "
+                f"{', '.join(sorted(paths)[:8])} …; change {what} of {type(block).__name__}"
+                for what, at in (("tap", block.tap), ("add", block.add))
+                if at not in paths
+            ]
+            made.append((inside, site, block))
+        if not made and type(self._method).sub_block is not Method.sub_block:
+            problems.append(
+                f"block: {self._method.name!r} found no transformer block in {type(model).__name__}, "
+                "expected a ModuleList named layers, blocks or h; use a model that has one"
             )
-            block = self._method.sub_block(site)
-            if block is not None:
-                attach_block(inside, site, name, block, self.flow, self._method)
+        if problems:
+            raise ConfigError(problems)
+        return made
 
     def _inject_head(self, model: nn.Module, name: str, config: PolyrankConfig) -> None:
         if config.head is None:
@@ -184,9 +241,14 @@ class PolyrankModel(BaseTuner):
         reference = next(module.base_layer.parameters(), torch.empty(0))
         module.update_head(name, cast("Head", head.to(reference.device)), self._method)
 
-    def _match_base_dtype(self, model: nn.Module, name: str) -> None:
-        # Asked for by autocast_adapter_dtype=False; gates and statistics stay fp32 all the same.
-        for layer in model.modules():
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Without autocast the factors take the base's dtype; gates and statistics stay fp32.
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            self._match_base_dtype(adapter_name)
+
+    def _match_base_dtype(self, name: str) -> None:
+        for layer in self.model.modules():
             if isinstance(layer, AdaptedLinear) and name in layer.views:
                 dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
                 if dtype is not None and dtype.is_floating_point:
@@ -329,6 +391,7 @@ class PolyrankModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_tensors(tensors_of(model, adapter_name), found)
         return cast("dict[str, Tensor]", found)
 
 
@@ -340,96 +403,3 @@ class _NamesHook:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         return args, {**kwargs, "adapter_names": self.names}
-
-
-def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Compare the tensors of a saved adapter with those its config asks for.
-
-    Raises:
-        CheckpointError: listing missing, unknown and misshapen tensors.
-    """
-    problems = [
-        f"{key} is missing" for key in sorted(expected.keys() - found.keys()) if PREFIX in key
-    ]
-    problems += [
-        f"{key} is not in the config"
-        for key in sorted(found.keys() - expected.keys())
-        if PREFIX in key
-    ]
-    problems += [
-        f"{key}: got {tuple(found[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in sorted(found.keys() & expected.keys())
-        if found[key].shape != expected[key].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:6]) + (
-            f" … and {len(problems) - 6} more" if len(problems) > 6 else ""
-        )
-        raise CheckpointError(
-            f"adapter: config and tensors disagree: {shown}; load the adapter_config.json that was saved with "
-            "these tensors, on the base model it was trained on"
-        )
-
-
-def _name_problems(model: nn.Module, name: str) -> Iterator[str]:
-    parts = {part for path, _ in model.named_modules() for part in path.split(".")}
-    own = {part for part in parts if part.startswith(PREFIX)}
-    adapters = {n for m in model.modules() if isinstance(m, (AdaptedLinear,)) for n in m.views}
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        yield f"adapter name: got {name!r}, expected letters, digits, '_' and '-'; rename the adapter"
-    elif (
-        name
-        in (parts | set(dir(nn.ModuleDict)) | set(dir(dict)) | {"weight", "bias"}) - own - adapters
-    ):
-        yield f"adapter name: {name!r} is also the name of a module or attribute, and saving would drop tensors; rename the adapter"
-    elif name in PREFIX:
-        yield f"adapter name: {name!r} is part of the prefix {PREFIX!r}; rename the adapter"
-
-
-def _head_problems(model: nn.Module, config: PolyrankConfig) -> Iterator[str]:
-    if config.head is not None:
-        path = config.head["module"]
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            yield f"head: the model has no module {path!r}; name its classifier, for example 'classifier' or 'score'"
-            return
-        base = module.base_layer if isinstance(module, HeadHost) else module
-        if in_out_features(base)[0] is None and "d" not in config.head:
-            yield f"head: {path!r} is a {type(base).__name__} without in_features; add 'd', the width of its input"
-
-
-def _blocks(model: nn.Module) -> list[tuple[str, int, int]]:
-    found = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and PREFIX not in path:
-            children = [
-                name for name, child in module.named_children() if len(list(child.children())) > 1
-            ]
-            if children and re.search(r"(^|\.)(layers?|blocks?|h)$", path):
-                found += [(f"{path}.{name}", int(name), len(module)) for name in children]
-    nested = {a for a, _, _ in found for b, _, _ in found if a != b and a.startswith(b + ".")}
-    return [entry for entry in found if entry[0] not in nested]
-
-
-def _depths(model: nn.Module) -> dict[str, tuple[int, int]]:
-    places = {}
-    blocks = _blocks(model)
-    for path, _ in model.named_modules():
-        for block, depth, depths in blocks:
-            if path.startswith(block + "."):
-                places[path] = (depth, depths)
-    return places
-
-
-def _masks(model: nn.Module, path: str) -> str:
-    config = getattr(model, "config", None)
-    if any(part in path for part in ("vision_model", "vision_tower", "visual")):
-        return ""
-    if getattr(config, "is_encoder_decoder", False) and "decoder" in path.split("."):
-        cross = re.search(
-            r"(EncDecAttention|encoder_attn|cross_attn|crossattention)\.(k|v|k_proj|v_proj|key|value)$",
-            path,
-        )
-        return "mask" if cross else "decoder"
-    return "mask"

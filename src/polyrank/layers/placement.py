@@ -1,0 +1,144 @@
+"""Where an adapter fits into a model, and whether a saved one does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from polyrank.errors import CheckpointError, nearest
+from polyrank.layers.compat import in_out_features
+from polyrank.layers.config import PolyrankConfig
+from polyrank.layers.hosts import BlockHost, HeadHost
+from polyrank.layers.linear import AdaptedLinear
+
+PREFIX = "polyrank_"
+
+
+def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Compare the tensors of a saved adapter with those its config asks for.
+
+    Raises:
+        CheckpointError: listing missing, unknown and misshapen tensors.
+    """
+    problems = [
+        f"{key} is missing" for key in sorted(expected.keys() - found.keys()) if PREFIX in key
+    ]
+    problems += [
+        f"{key} is not in the config"
+        for key in sorted(found.keys() - expected.keys())
+        if PREFIX in key
+    ]
+    problems += [
+        f"{key}: got {tuple(found[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in sorted(found.keys() & expected.keys())
+        if found[key].shape != expected[key].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:6]) + (
+            f" … and {len(problems) - 6} more" if len(problems) > 6 else ""
+        )
+        raise CheckpointError(
+            f"adapter: config and tensors disagree: {shown}; load the adapter_config.json that was saved with "
+            "these tensors, on the base model it was trained on"
+        )
+
+
+def tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return the tensors of one adapter by their names in the model."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (AdaptedLinear, BlockHost, HeadHost)):
+            for held in (*module.adapter_layer_names, *module.other_param_names):
+                if name in (container := getattr(module, held)):
+                    prefix = ".".join(filter(None, (path, held, name)))
+                    values = container[name].state_dict()
+                    found.update({f"{prefix}.{key}": value for key, value in values.items()})
+    return found
+
+
+def no_match(model: nn.Module, config: PolyrankConfig, said: str) -> str:
+    """Say what targets could have been meant."""
+    linear = {
+        path.rsplit(".", 1)[-1]
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    wanted = config.target_modules
+    words = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
+    guesses = "".join(dict.fromkeys(nearest(word, linear) for word in words))
+    return (
+        f"target_modules: got {wanted if isinstance(wanted, str) else words}, which matches no "
+        f"layer;{guesses} this model's linear layers are called {', '.join(sorted(linear)[:12])}; "
+        f'name some of them, or use "all-linear" ({said})'
+    )
+
+
+def name_problems(model: nn.Module, name: str) -> Iterator[str]:
+    """Say why an adapter must not have a name."""
+    parts = {part for path, _ in model.named_modules() for part in path.split(".")}
+    own = {part for part in parts if part.startswith(PREFIX)}
+    adapters = {n for m in model.modules() if isinstance(m, (AdaptedLinear,)) for n in m.views}
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        yield f"adapter name: got {name!r}, expected letters, digits, '_' and '-'; rename the adapter"
+    elif (
+        name
+        in (parts | set(dir(nn.ModuleDict)) | set(dir(dict)) | {"weight", "bias"}) - own - adapters
+    ):
+        yield f"adapter name: {name!r} is also the name of a module or attribute, and saving would drop tensors; rename the adapter"
+    elif name in PREFIX:
+        yield f"adapter name: {name!r} is part of the prefix {PREFIX!r}; rename the adapter"
+
+
+def head_problems(model: nn.Module, config: PolyrankConfig) -> Iterator[str]:
+    """Say why a head does not fit the model."""
+    if config.head is not None:
+        path = config.head["module"]
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            yield f"head: the model has no module {path!r}; name its classifier, for example 'classifier' or 'score'"
+            return
+        base = module.base_layer if isinstance(module, HeadHost) else module
+        if in_out_features(base)[0] is None and "d" not in config.head:
+            yield f"head: {path!r} is a {type(base).__name__} without in_features; add 'd', the width of its input"
+
+
+def blocks_of(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Return (path, number, count) of every transformer block, outermost only."""
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and PREFIX not in path:
+            children = [
+                name for name, child in module.named_children() if len(list(child.children())) > 1
+            ]
+            if children and re.search(r"(^|\.)(layers?|blocks?|h)$", path):
+                found += [(f"{path}.{name}", int(name), len(module)) for name in children]
+    nested = {a for a, _, _ in found for b, _, _ in found if a != b and a.startswith(b + ".")}
+    return [entry for entry in found if entry[0] not in nested]
+
+
+def depths_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (number, count) of the block around every module inside of one."""
+    places = {}
+    blocks = blocks_of(model)
+    for path, _ in model.named_modules():
+        for block, depth, depths in blocks:
+            if path.startswith(block + "."):
+                places[path] = (depth, depths)
+    return places
+
+
+def mask_of(model: nn.Module, path: str) -> str:
+    """Return which mask speaks about the tokens of a module: "mask", "decoder" or ""."""
+    config = getattr(model, "config", None)
+    if any(part in path for part in ("vision_model", "vision_tower", "visual")):
+        return ""
+    if getattr(config, "is_encoder_decoder", False) and "decoder" in path.split("."):
+        cross = re.search(
+            r"(EncDecAttention|encoder_attn|cross_attn|crossattention)\.(k|v|k_proj|v_proj|key|value)$",
+            path,
+        )
+        return "mask" if cross else "decoder"
+    return "mask"
