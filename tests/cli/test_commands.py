@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from polyrank.cli import main
 
 ESCAPE = "\x1b"

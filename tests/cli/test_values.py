@@ -1,8 +1,8 @@
 """NAME=VALUE pairs and flags with several values."""
 
 import pytest
-from polyrank.cli.main import spread
-from polyrank.cli.values import pairs, value
+
+from polyrank.cli.values import pairs, spread, value
 from polyrank.errors import ConfigError
 
 

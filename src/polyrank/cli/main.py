@@ -8,16 +8,15 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-# transformers looks at these when it is imported; nothing here trains with TensorFlow or tokenises in threads.
+# transformers looks at this when it is imported; nothing here tokenises in threads.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
 from polyrank.cli import doctor, methods, new_method, report, run
+from polyrank.cli.values import spread
 from polyrank.errors import ConfigError, PolyrankError
 
-# Options that take several values behind one flag, as in `--set r=16 k=4`.
-MANY = ("--set", "--train", "--with", "--references")
 NOISE = (
     "torch.utils._pytree",
     "torchao",
@@ -29,8 +28,13 @@ NOISE = (
 
 app = typer.Typer(
     name="polyrank",
-    help="Adapt pretrained models to many tasks without losing what they knew. Every rank is an expert.",
-    epilog="Start with `polyrank run`: real data, no network, about a minute. Then `polyrank methods`.",
+    help=(
+        "Adapt pretrained models to many tasks without losing what they knew. "
+        "Every rank is an expert."
+    ),
+    epilog=(
+        "Start with `polyrank run`: real data, no network, about a minute. Then `polyrank methods`."
+    ),
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -41,22 +45,6 @@ app.command("methods", help=methods.HELP)(methods.command)
 app.command("report", help=report.HELP)(report.command)
 app.command("new-method", help=new_method.HELP)(new_method.command)
 app.command("doctor", help=doctor.HELP)(doctor.command)
-
-
-def spread(arguments: Sequence[str]) -> list[str]:
-    """Repeat a flag before each of its values: `--set r=16 k=4` becomes `--set r=16 --set k=4`."""
-    found: list[str] = []
-    flag = None
-    for word in arguments:
-        if word.startswith("-"):
-            flag = word if word in MANY else None
-            if flag is None:
-                found.append(word)
-        elif flag is not None:
-            found += [flag, word]
-        else:
-            found.append(word)
-    return found
 
 
 def quiet() -> None:
@@ -83,12 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet()
     try:
         app(spread(words), standalone_mode=True)
-    except ConfigError as error:
-        for problem in error.problems:
-            typer.echo(f"error: {problem}", err=True)
-        sys.exit(2)
     except PolyrankError as error:
-        typer.echo(f"error: {error}", err=True)
+        for problem in error.problems if isinstance(error, ConfigError) else [error]:
+            typer.echo(f"error: {problem}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)

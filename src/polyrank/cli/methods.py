@@ -1,4 +1,4 @@
-"""`polyrank methods`: the catalogue, and one method with its options, formula, source and capabilities."""
+"""`polyrank methods`: the catalogue, and one method with all that it says of itself."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from polyrank.cli.facts import arguments, merging, summary
+
 HELP = """List all methods, or show one with its options, formula, source and capabilities.
 
+\b
   polyrank methods
   polyrank methods smora
 """
@@ -46,20 +49,6 @@ def command(
     console.print("polyrank methods NAME shows one of them; polyrank run --method NAME runs it.")
 
 
-def summary(cls: Any) -> str:
-    """Return the first sentence of the module that holds a method."""
-    text = inspect.getdoc(sys.modules[cls.__module__]) or ""
-    return (
-        text.split("\n\n")[0].replace("\n", " ").partition(": ")[2].rstrip(".")
-        or text.split("\n")[0]
-    )
-
-
-def merging(cls: Any) -> str:
-    """Return how the method's samples merge: one word, or several."""
-    return ", ".join(sorted({sample.merges for sample in cls.samples()}))
-
-
 def _show(console: Console, cls: Any) -> None:
     console.print(f"{cls.name} ({cls.kind})\n", style="bold")
     console.print(inspect.getdoc(sys.modules[cls.__module__]) or "", markup=False)
@@ -75,25 +64,6 @@ def _show(console: Console, cls: Any) -> None:
         sample = cls.samples()[0]
         console.print(
             f"merges: {merging(cls)} · neutral at start: {'yes' if sample.neutral else 'no'} · "
-            f"trains: {', '.join(sorted(sample.trains))} · needs: {', '.join(sorted(sample.needs)) or 'nothing'}"
+            f"trains: {', '.join(sorted(sample.trains))} · "
+            f"needs: {', '.join(sorted(sample.needs)) or 'nothing'}"
         )
-
-
-def arguments(cls: Any) -> dict[str, str]:
-    """Return the meaning of every option from the docstrings of the class and its bases."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        block = (inspect.cleandoc(base.__doc__ or "").partition("Args:\n")[2]).split("\n\n")[0]
-        key = ""
-        for line in block.split("\n"):
-            name, sign, text = line.strip().partition(": ")
-            if (
-                line.startswith("    ")
-                and not line.startswith("     ")
-                and sign
-                and name.isidentifier()
-            ):
-                key, found[name] = name, text
-            elif key and line.strip():
-                found[key] += " " + line.strip()
-    return found

@@ -1,12 +1,15 @@
-"""NAME=VALUE pairs of the command line."""
+"""NAME=VALUE pairs of the command line, and flags that take several of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from polyrank.errors import ConfigError
+
+# Options that take several values behind one flag, as in `--set r=16 k=4`.
+MANY = ("--set", "--train", "--with", "--references")
 
 
 def value(text: str) -> Any:
@@ -41,4 +44,20 @@ def pairs(words: Iterable[str], flag: str) -> dict[str, Any]:
             found[name] = value(text)
     if problems:
         raise ConfigError(problems)
+    return found
+
+
+def spread(arguments: Sequence[str]) -> list[str]:
+    """Repeat a flag before each of its values: `--set r=16 k=4` becomes `--set r=16 --set k=4`."""
+    found: list[str] = []
+    flag = None
+    for word in arguments:
+        if word.startswith("-"):
+            flag = word if word in MANY else None
+            if flag is None:
+                found.append(word)
+        elif flag is not None:
+            found += [flag, word]
+        else:
+            found.append(word)
     return found

@@ -1,0 +1,35 @@
+"""What the docstrings of a method say of it: its summary and its options; and how it merges."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+
+def summary(cls: Any) -> str:
+    """Return the first sentence of the module that holds a method."""
+    text = inspect.getdoc(sys.modules[cls.__module__]) or ""
+    first = text.split("\n\n")[0].replace("\n", " ")
+    return first.partition(": ")[2].rstrip(".") or text.split("\n")[0]
+
+
+def merging(cls: Any) -> str:
+    """Return how the method's samples merge: one word, or several."""
+    return ", ".join(sorted({sample.merges for sample in cls.samples()}))
+
+
+def arguments(cls: Any) -> dict[str, str]:
+    """Return the meaning of every option from the docstrings of the class and its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        block = (inspect.cleandoc(base.__doc__ or "").partition("Args:\n")[2]).split("\n\n")[0]
+        key = ""
+        for line in block.split("\n"):
+            name, sign, text = line.strip().partition(": ")
+            indent = len(line) - len(line.lstrip())
+            if indent == 4 and sign and name.isidentifier():
+                key, found[name] = name, text
+            elif key and line.strip():
+                found[key] += " " + line.strip()
+    return found
