@@ -1,1 +1,5 @@
-"""Reusable pieces of methods, by axis."""
+"""Reusable pieces of methods, one module an axis."""
+
+from polyrank.parts import catalogue, cores, inits, losses, mixtures, routers, rules
+
+__all__ = ["catalogue", "cores", "inits", "losses", "mixtures", "routers", "rules"]
