@@ -27,7 +27,7 @@ class Router(nn.Module):
 
 
 class RankGate(Core):
-    """φ(h ; x) = g(x) ⊙ h, the gate g chosen for each token by a linear router: k of r ranks, in whole blocks.
+    """φ(h ; x) = g(x) ⊙ h: a linear router turns on k of r ranks for each token, in whole blocks.
 
     Args:
         site: where the core sits.
@@ -66,8 +66,8 @@ class RankGate(Core):
         r = site.r
         if block < 1 or r % block or k % block or not 1 <= k <= r:
             raise ConfigError(
-                f"rank gate at {site.path!r}: got r={r}, k={k}, block={block}, expected 1 <= k <= r with block dividing "
-                "both; change rank_pattern or k"
+                f"rank gate at {site.path!r}: got r={r}, k={k}, block={block}, expected "
+                "1 <= k <= r with block dividing both; change rank_pattern or k"
             )
         self.widths = (r, r)
         self.k, self.block, self.score = k, block, score
@@ -129,7 +129,7 @@ class RankGate(Core):
 
     @torch.no_grad()
     def balance(self, counts: Tensor, rate: float) -> None:
-        """b += rate · sign(mean(c) − c): ranks chosen too rarely rise, by the same step whatever the distance."""
+        """b += rate · sign(mean(c) − c): ranks chosen too rarely rise, always by the same step."""
         if self.balance_bias is not None:
             error = counts.double().mean() - counts.double()
             self.balance_bias.add_(error.sign().to(self.balance_bias), alpha=rate)

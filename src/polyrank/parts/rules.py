@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Balance(Rule):
-    """Keeps the load of ranks even without a loss: b_i += rate · sign(mean(c) − c_i), once per real update.
+    """Keeps the load of ranks even without a loss: b_i += rate · sign(mean(c) − c_i) per update.
 
     The counts c of all layers and micro-batches are summed over processes in one all-reduce.
 
