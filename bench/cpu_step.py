@@ -1,9 +1,10 @@
-"""Times one training step of adapters on the CPU, paired: every round runs all of them, in a new order.
+"""Times one training step of adapters on the CPU, paired: a round runs all, in a new order.
 
     python bench/cpu_step.py --out bench/results/cpu_step.csv
 
-A Llama-shaped model from a config, fp32, all linear layers adapted, AdamW, next-token loss. The figure that counts
-is the ratio to PEFT's LoRA of equal rank within a round; its median and quartiles over rounds are printed and written.
+A Llama-shaped model from a config, fp32, all linear layers adapted, AdamW, next-token loss. The
+figure that counts is the ratio to PEFT's LoRA of equal rank within a round; its median and
+quartiles over rounds are printed and written.
 """
 
 import argparse
@@ -22,13 +23,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import polyrank
+from polyrank.frame import keyed
 
 VOCABULARY = 512
+SIZES = {"d": 512, "layers": 2, "r": 64, "k": 8, "batch": 4, "tokens": 256, "rounds": 30}
 
 
 def base(d, layers):
     """Return the frozen model, the same for every adapter."""
-    torch.manual_seed(0)
+    torch.set_rng_state(keyed("bench", "base").get_state())
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=d,
@@ -94,15 +97,7 @@ def measure(args):
 def main():
     """Measure, print medians and quartiles, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, default in {
-        "d": 512,
-        "layers": 2,
-        "r": 64,
-        "k": 8,
-        "batch": 4,
-        "tokens": 256,
-        "rounds": 30,
-    }.items():
+    for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
@@ -111,20 +106,18 @@ def main():
     rows = measure(args)
     summary = []
     for name in dict.fromkeys(row[0] for row in rows):
-        times = [row[2] for row in rows if row[0] == name]
-        ratios = statistics.quantiles([row[3] for row in rows if row[0] == name], n=4)
-        summary.append((name, statistics.median(times), *ratios))
-        print(
-            f"{name:10} {summary[-1][1]:8.1f} ms   ratio {ratios[1]:.3f}  [{ratios[0]:.3f}, {ratios[2]:.3f}]"
-        )
+        took = statistics.median(row[2] for row in rows if row[0] == name)
+        low, ratio, high = statistics.quantiles([row[3] for row in rows if row[0] == name], n=4)
+        summary.append((name, took, low, ratio, high))
+        print(f"{name:10} {took:8.1f} ms   ratio {ratio:.3f}  [{low:.3f}, {high:.3f}]")
     if args.out:
+        words = [f"--{name} {getattr(args, name)}" for name in (*SIZES, "threads")]
         about = {
             "date": datetime.date.today().isoformat(),
             "machine": f"{platform.machine()}, {args.threads} threads",
             "torch": version("torch"),
             "peft": version("peft"),
-            "command": f"python bench/cpu_step.py --d {args.d} --layers {args.layers} --r {args.r} --k {args.k} "
-            f"--batch {args.batch} --tokens {args.tokens} --rounds {args.rounds} --threads {args.threads}",
+            "command": " ".join(["python bench/cpu_step.py", *words]),
         }
         aside = args.out.with_suffix(".part")
         with aside.open("w", newline="") as file:

@@ -37,12 +37,11 @@ def catalogue():
     for cls in entries():
         text = lines_of(cls)
         what = text[""].partition(": ")[2].rstrip(".")
+        status = text.get("Status", "unstated").rstrip(".")
         merges = (
             "–" if cls.kind == "strategy" else ", ".join(sorted({s.merges for s in cls.samples()}))
         )
-        rows.append(
-            f"| `{cls.name}` ({cls.kind}) | {what} | {merges} | {text.get('Status', 'unstated').rstrip('.')} |"
-        )
+        rows.append(f"| `{cls.name}` ({cls.kind}) | {what} | {merges} | {status} |")
     return "\n".join(rows)
 
 

@@ -1,12 +1,13 @@
-"""A run through the digits stream: matrices, references, folder, and what is refused before it begins."""
+"""A run through the digits stream: matrices, references, folder, and what is refused before."""
 
 import copy
 import json
 
 import numpy as np
-import polyrank as pr
 import pytest
 import torch
+
+import polyrank as pr
 from polyrank import engine, metrics
 from polyrank.engine import base as bases
 from polyrank.engine.evaluate import scores
@@ -161,9 +162,12 @@ def test_a_model_that_does_not_fit_the_stream_is_refused(tmp_path):
 def test_a_diverged_run_ends_with_a_clear_error_and_is_marked(vit, tmp_path):
     with pytest.raises(RunError, match="lower the learning rate"):
         engine.run(
-            copy.deepcopy(vit), method=pr.method("lora", r=4), train=Settings(lr=1e30, max_grad_norm=1e30, epochs=5),
-            out=tmp_path / "a", progress=False,
-        )  # fmt: skip
+            copy.deepcopy(vit),
+            method=pr.method("lora", r=4),
+            train=Settings(lr=1e30, max_grad_norm=1e30, epochs=5),
+            out=tmp_path / "a",
+            progress=False,
+        )
     assert json.loads((tmp_path / "a" / "run.json").read_text())["status"] == "failed"
 
 
