@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -134,7 +135,10 @@ class Attachment:
             self.begun = self.graded = False
         if not self.begun:
             self.begun = True
-            self.flow.draw.fill_(seed_of("draw", self.seed, self.task, self.phase, self.index))
+            # Processes see different rows, so they draw different masks.
+            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            key = ("draw", self.seed, self.task, self.phase, self.index, rank)
+            self.flow.draw.fill_(seed_of(*key))
             for rule in self.rules:
                 rule.begin(self.step())
 
