@@ -5,6 +5,8 @@ The generator is Philox-4x32-10 (Salmon et al., SC 2011), keyed and converted as
 `tl.rand(seed, offset)` with a 32-bit offset does it, so that a kernel reproduces every mask.
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 # Triton's constant: the largest float32 whose product with 2^31 stays below 1.
 _TO_UNIT = 4.6566127342e-10
-# Numbers per chunk on a CPU, 512 KiB a temporary: the ten rounds stay in the cache of a core.
-_CHUNK = 1 << 16
+# Numbers per chunk. On a CPU the ten rounds stay in the cache of a core, elsewhere 32 MiB suffice.
+_CHUNK, _CHUNK_CPU = 1 << 22, 1 << 16
 
 # A 32-bit word: a number, or an int64 tensor of which the low 32 bits count.
 Word = int | Tensor
@@ -67,12 +69,20 @@ def keep_mask(shape: torch.Size, p: float, seed: Word, device: torch.device) -> 
     """
     if not 0 <= p < 1:
         raise ConfigError(f"dropout: got {p}, expected 0 <= dropout < 1; 0 turns it off")
-    index = torch.arange(shape.numel(), device=device)
-    if torch.compiler.is_compiling() or device.type != "cpu":
-        return (uniform(seed, index) >= p).view(shape)
-    keep = torch.empty(index.shape, dtype=torch.bool)
-    for part, out in zip(index.split(_CHUNK), keep.split(_CHUNK), strict=True):
-        torch.ge(uniform(seed, part), p, out=out)
+    n = shape.numel()
+    if torch.compiler.is_compiling():
+        return (uniform(seed, torch.arange(n, device=device)) >= p).view(shape)
+    seed = (int(seed) + 2**63) % 2**64 - 2**63
+    if device.type == "cuda" and n < 2**30 and find_spec("triton"):
+        from polyrank.ops import philox_triton
+
+        return philox_triton.keep_mask(n, p, seed, device).view(shape)
+    keep = torch.empty(n, dtype=torch.bool, device=device)
+    start = 0
+    for part in keep.split(_CHUNK_CPU if device.type == "cpu" else _CHUNK):
+        index = torch.arange(start, start + part.numel(), device=device)
+        torch.ge(uniform(seed, index), p, out=part)
+        start += part.numel()
     return keep.view(shape)
 
 

@@ -19,7 +19,7 @@ Kept = tuple[Tensor | None, ...]
 
 
 def _per_block(t: Tensor, block: int) -> Tensor:
-    return t if block == 1 else t.view(t.shape[0], -1, block).sum(-1)
+    return t if block == 1 else t.unflatten(-1, (t.shape[-1] // block, block)).sum(-1)
 
 
 def route(z: Tensor, e: Epilogue) -> tuple[Kept, Tensor]:

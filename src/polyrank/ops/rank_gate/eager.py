@@ -31,6 +31,13 @@ class _Plan(NamedTuple):
     inplace: bool
 
 
+def _keep(x: Tensor, plan: _Plan) -> tuple[Tensor | None, float]:
+    """The mask of dropout, a bool like x (T, d_in), and what its products are multiplied with."""
+    if not plan.dropout:
+        return None, 1.0
+    return keep_mask(x.shape, plan.dropout, plan.seed, x.device), 1 / (1 - plan.dropout)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -45,20 +52,12 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype, alpha: float = 1.0) -> Tensor:
     return torch.mm(a, b).to(dtype).mul_(alpha)
 
 
-def _logits(x: Tensor, W: Tensor) -> Tensor:
-    """The product x Wᵀ in fp32, or fp64: logits rounded to bf16 would tie, and route otherwise."""
+def _logits(x: Tensor, W: Tensor, alpha: float) -> Tensor:
+    """Alpha · x Wᵀ in fp32 or fp64: logits rounded to bf16 would tie, and route otherwise."""
     wide = _wide(x.dtype)
     if x.dtype == wide or (x.is_cuda and _MM_WIDE):
-        return _mm(x, W.to(x.dtype).t(), wide)
-    return torch.mm(x.to(wide), W.to(wide).t())
-
-
-def _share(x: Tensor, plan: _Plan) -> Tensor | None:
-    """What dropout multiplies x (T, d_in) with: 0 or 1 / (1 − p)."""
-    if not plan.dropout:
-        return None
-    keep = keep_mask(x.shape, plan.dropout, plan.seed, x.device)
-    return keep.to(x.dtype).mul_(1 / (1 - plan.dropout))
+        return _mm(x, W.to(x.dtype).t(), wide, alpha)
+    return _mm(x.to(wide), W.to(wide).t(), wide, alpha)
 
 
 def _delta(h: Tensor, delta: Tensor | None, *, transposed: bool) -> Tensor:
@@ -111,28 +110,30 @@ class _RankGate(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         e, dtype, r = plan.epilogue, x.dtype, A.shape[0]
         flat = x.reshape(-1, x.shape[-1])
-        share = _share(flat, plan)
-        x_hat = flat if share is None else flat * share
+        keep, gain = _keep(flat, plan)
+        x_hat = flat if keep is None else flat * keep
         on = None
         if e.kind == "linear":
-            hz = _logits(x_hat, torch.cat([A, rows]))
+            hz = _logits(x_hat, torch.cat([A, rows]), gain)
             h, z = hz[:, :r], hz[:, r:]
             if hz.dtype != dtype:
                 h, z = h.to(dtype), z.contiguous()
             kept, on = closed.route(z, e)
         elif e.kind == "self":
-            h = _logits(x_hat, A)
+            h = _logits(x_hat, A, gain)
             kept = closed.attend(h, e)
         else:
-            h, kept = torch.mm(x_hat, A.to(dtype).t()), (gate,)
+            h, kept = _mm(x_hat, A.to(dtype).t(), dtype, gain), (gate,)
         q = closed.weigh(h, closed.gates(kept, e), e).to(dtype)
-        out = _update(y.view(-1, B.shape[0]), q, flat, B, (A0, B0, delta), plan)
+        out = _update(y.reshape(-1, B.shape[0]), q, flat, B, (A0, B0, delta), plan)
         if plan.inplace:
             ctx.mark_dirty(y)
             out = y
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, A, rows, B, row_scale, A0, B0, delta, h, *kept)
+        # A CPU draws the mask in the time of a large product and has the memory to hold it.
+        held = keep if x.is_cpu else None
+        ctx.save_for_backward(x, A, rows, B, row_scale, A0, B0, delta, held, h, *kept)
         counts = None
         if plan.count and on is not None:
             counts = (on if mask is None else on * mask.reshape(-1, 1)).sum(0).long()
@@ -145,11 +146,12 @@ class _RankGate(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 12
-        x, A, rows, B, row_scale, A0, B0, delta, h, *kept = ctx.saved_tensors
+        x, A, rows, B, row_scale, A0, B0, delta, keep, h, *kept = ctx.saved_tensors
         plan, (_, to_x, to_A, to_rows, to_B, to_gate, *_) = ctx.plan, ctx.needs_input_grad
         e, dtype, r, live = plan.epilogue, x.dtype, A.shape[0], plan.live_from
         wide = _wide(dtype)
         flat, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).to(dtype)
+        keep, gain = (keep, 1 / (1 - plan.dropout)) if keep is not None else _keep(flat, plan)
         g = closed.gates(kept, e)
         q = closed.weigh(h, g, e)
         dx = dA = drows = dB = dgate = d = None
@@ -170,14 +172,13 @@ class _RankGate(torch.autograd.Function):
             dB = _mm(q[:, live:].to(dtype).t(), dy2, wide, plan.scale).t()
             dB = dB if row_scale is None else dB * row_scale[:, None]
             dB = _padded(dB, live, 1).to(B.dtype)
-        share = _share(flat, plan) if to_x or to_A or to_rows else None
         if to_A or to_rows or to_gate:
             u, d = inner(B if row_scale is None else B * row_scale[:, None])
             if to_gate:
                 dgate = (u * h).sum(0).to(kept[0].dtype)
             if to_A or to_rows:
                 used = d[:, live if to_A else r : None if to_rows else r]
-                dW = _mm(used.t(), flat if share is None else flat * share, wide)
+                dW = _mm(used.t(), flat if keep is None else flat * keep, wide, gain)
                 if to_A:
                     dA = _padded(dW[: r - live], live, 0).to(A.dtype)
                 if to_rows:
@@ -185,8 +186,8 @@ class _RankGate(torch.autograd.Function):
         if to_x:
             if d is None or row_scale is not None:
                 d = inner(B)[1]
-            dx = torch.mm(d, (A if rows is None else torch.cat([A, rows])).to(dtype))
-            dx = dx if share is None else dx.mul_(share)
+            dx = _mm(d, (A if rows is None else torch.cat([A, rows])).to(dtype), dtype, gain)
+            dx = dx if keep is None else dx.mul_(keep)
             if A0 is not None:
                 u0 = _delta(torch.mm(dy2, B0.to(dtype)), delta, transposed=False)
                 dx = dx.addmm_(u0, A0.to(dtype), alpha=-plan.scale)
