@@ -1,6 +1,7 @@
 """A run through the digits stream: matrices, references, folder, and what is refused before."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -148,6 +149,19 @@ def test_faults_come_together_and_write_nothing(vit, tmp_path):
     assert "needs" in text
     assert "did you mean 'sequential'" in text
     assert "epochs" in text
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_wrong_rank_hides_no_other_fault(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        engine.run(method=registry.get("lora")(r=0), references=("sequental",), out=tmp_path / "a")
+    assert len(caught.value.problems) == 2
+
+
+def test_a_stream_without_pretraining_data_needs_a_model(tmp_path):
+    bare = dataclasses.replace(stream("digits"), pretraining=None)
+    with pytest.raises(ConfigError, match="no data to train one on; pass --model"):
+        engine.run(stream=bare, method="lora", out=tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 

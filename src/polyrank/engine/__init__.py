@@ -12,7 +12,7 @@ _HOMES = {
     "TrainerMixin": "polyrank.engine.trainer",
     "attach": "polyrank.engine.attachment",
     "attach_automatically": "polyrank.engine.automatic",
-    "REFERENCES": "polyrank.engine.loop",
+    "REFERENCES": "polyrank.engine.plan",
     "run": "polyrank.engine.loop",
 }
 
@@ -24,3 +24,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'polyrank.engine' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,9 +1,8 @@
-"""Base models: one's own, one from disk, or a small one that a stream's pretraining data make on the spot."""
+"""Base models: one's own, one from disk, or a small one made from a stream's pretraining data."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,18 +18,21 @@ from transformers import (
 from transformers.utils import logging
 
 from polyrank.engine.data import TaskRows, batches
+from polyrank.engine.progress import Watch
 from polyrank.errors import ConfigError, RunError
-from polyrank.frame import seed_of
-from polyrank.streams import Stream
+from polyrank.frame import keyed, seed_of
+from polyrank.streams import Stream, Task
 
 # Where the classifier of an image or sequence model sits, most common name first.
 CLASSIFIERS = ("classifier", "score", "fc", "head")
 EPOCHS, BATCH, RATE = 40, 32, 1e-3
-Watch = Callable[[str, dict[str, Any]], None]
 
 
 def small_vit(classes: int, image: int = 8, channels: int = 1) -> ViTForImageClassification:
-    """Return an untrained vision transformer: 4 layers of width 64, patches of 2 × 2, about 0.14 M weights."""
+    """Return an untrained vision transformer of about 0.14 M weights.
+
+    It has 4 layers of width 64 and patches of 2 × 2.
+    """
     config = ViTConfig(
         image_size=image,
         patch_size=2,
@@ -39,9 +41,22 @@ def small_vit(classes: int, image: int = 8, channels: int = 1) -> ViTForImageCla
         intermediate_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_labels=classes,
     )
+    config.num_labels = classes
     return ViTForImageClassification(config)
+
+
+def pretraining(stream: Stream) -> Task:
+    """Return the task that a small model is trained on.
+
+    Raises:
+        ConfigError: if the stream brings none.
+    """
+    if stream.pretraining is None:
+        raise ConfigError(
+            f"model: stream {stream.name!r} brings no data to train one on; pass --model or a model"
+        )
+    return stream.pretraining
 
 
 def steps(rows: int) -> int:
@@ -55,17 +70,14 @@ def pretrain(stream: Stream, seed: int, watch: Watch = lambda event, fields: Non
     Raises:
         ConfigError: if the stream brings no pretraining data.
     """
-    task = stream.pretraining
-    if task is None:
-        raise ConfigError(
-            f"model: stream {stream.name!r} brings no data to train one on; pass --model or a model"
-        )
+    task = pretraining(stream)
+    rows = TaskRows([task.data["train"]])
+    total = steps(len(rows))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of("base", seed))
+        torch.set_rng_state(keyed("base", seed).get_state())
         model = small_vit(len(task.classes)).train()
-        rows = TaskRows([task.data["train"]])
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps(len(rows)))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=total)
         for epoch in range(EPOCHS):
             for batch in batches(rows, BATCH, seed=seed_of(seed, "base", epoch)):
                 logits = model(pixel_values=batch["pixel_values"]).logits
@@ -74,7 +86,7 @@ def pretrain(stream: Stream, seed: int, watch: Watch = lambda event, fields: Non
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-            done = (epoch + 1) * steps(len(rows)) // EPOCHS
+            done = (epoch + 1) * total // EPOCHS
             watch("step", {"step": done, "loss": float(loss.detach())})
     if not torch.isfinite(loss.detach()):
         raise RunError("base: training diverged; report this with your torch version")
@@ -109,7 +121,8 @@ def load_base(path: str, stream: Stream) -> nn.Module:
             )
             raise ConfigError(
                 f"model: cannot load {path!r} ({where}): {str(error).splitlines()[0]}; "
-                "pass a folder that save_pretrained wrote, or leave --model out for the embedded base"
+                "pass a folder that save_pretrained wrote, or leave --model out for the embedded "
+                "base"
             ) from error
     try_base(model, stream)
     return cast("nn.Module", model.eval())
@@ -129,8 +142,9 @@ def try_base(model: nn.Module, stream: Stream) -> str:
     except (ValueError, RuntimeError, TypeError) as error:
         shape = tuple(batch["pixel_values"].shape[1:])
         raise ConfigError(
-            f"model: {type(model).__name__} does not take images of shape {shape} from stream {stream.name!r} "
-            f"({str(error).splitlines()[0]}); pass a model made for them, or leave it out for the embedded base"
+            f"model: {type(model).__name__} does not take images of shape {shape} from stream "
+            f"{stream.name!r} ({str(error).splitlines()[0]}); pass a model made for them, or leave "
+            "it out for the embedded base"
         ) from error
     for name in CLASSIFIERS:
         with contextlib.suppress(AttributeError):

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils import data
 
 from polyrank.frame import seed_of
+from polyrank.streams import Dataset
 
 
-class TaskRows(Dataset[dict[str, Any]]):
+class TaskRows(data.Dataset[dict[str, Any]]):
     """Rows of one or several tasks, one after another, as a torch dataset."""
 
     def __init__(self, parts: Sequence[Any]) -> None:
@@ -38,11 +39,9 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
-def batches(
-    rows: Dataset[Any] | Sequence[Any], size: int, *, seed: int | None = None
-) -> Iterator[dict[str, Tensor]]:
+def batches(rows: Dataset, size: int, *, seed: int | None = None) -> Iterator[dict[str, Tensor]]:
     """Yield batches in order, or in the order that the seed draws."""
-    count = len(rows)  # type: ignore[arg-type]
+    count = len(rows)
     order = np.arange(count)
     if seed is not None:
         order = np.random.default_rng(seed_of("order", seed)).permutation(count)

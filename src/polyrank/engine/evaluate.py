@@ -1,4 +1,4 @@
-"""One pass over the test rows gives both matrices: over the task's own classes, and over all seen ones."""
+"""One pass over the test rows gives both matrices: among a task's classes, and among all seen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from polyrank.streams import Stream
 def scores(
     logits_of: Callable[[dict[str, Tensor]], Tensor], stream: Stream, seen: int, size: int
 ) -> tuple[list[float], list[float]]:
-    """Return (restricted, unrestricted) accuracies on every task; NaN where no class of a task was seen.
+    """Return (restricted, unrestricted) accuracies on every task; NaN where no class was seen.
 
     Args:
         logits_of: maps a batch to logits (batch, seen classes).

@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from polyrank.engine.data import TaskRows, collate
+from polyrank.engine.progress import Watch
 from polyrank.engine.settings import Settings
 from polyrank.engine.trainer import Trainer
 from polyrank.errors import ConfigError, RunError
 from polyrank.frame import Phase, Strategy, seed_of
 from polyrank.layers import adapter_of
 
-Watch = Callable[[str, dict[str, Any]], None]
-
 
 def class_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """Return the cross-entropy over the seen classes, summed and divided by the rows of the whole update."""
+    """Return the cross-entropy over the seen classes: its sum over the rows of the whole update."""
     logits = outputs["logits"].float()
     count = len(labels) if num_items_in_batch is None else num_items_in_batch
     return F.cross_entropy(logits, labels, reduction="sum") / count
 
 
-class _Steps(TrainerCallback):  # type: ignore[misc]
+class _Steps(TrainerCallback):
     """Reports losses and stops a run that diverged."""
 
     def __init__(self, watch: Watch, where: dict[str, Any]) -> None:
@@ -49,8 +47,9 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
             return
         if not math.isfinite(loss):
             raise RunError(
-                f"loss: got {loss} at {self.where['system']}, task {self.where['task']!r}, step {state.global_step}; "
-                "lower the learning rate with --train lr=..., or clip harder with --train max_grad_norm=..."
+                f"loss: got {loss} at {self.where['system']}, task {self.where['task']!r}, step "
+                f"{state.global_step}; lower the learning rate with --train lr=..., or clip harder "
+                "with --train max_grad_norm=..."
             )
         self.watch(
             "step",
@@ -80,7 +79,8 @@ def run_phase(
     adapter = adapter_of(model)
     if phase.train is not None and (unknown := phase.train - set(adapter.roles())):
         raise ConfigError(
-            f"phase {phase.name!r}: trains {sorted(unknown)}, but the adapter has {sorted(adapter.roles())}"
+            f"phase {phase.name!r}: trains {sorted(unknown)}, but the adapter has "
+            f"{sorted(adapter.roles())}"
         )
     adapter.train_only(phase.train)
     steps = phase.steps or settings.epochs * -(
@@ -88,28 +88,9 @@ def run_phase(
     )
     watch("phase", {**where, "phase": phase.name, "total": steps})
     with tempfile.TemporaryDirectory() as scratch:
-        args = TrainingArguments(
-            output_dir=str(Path(scratch)),
-            max_steps=steps,
-            per_device_train_batch_size=settings.batch_size,
-            gradient_accumulation_steps=settings.accumulation,
-            learning_rate=settings.lr,
-            weight_decay=settings.weight_decay,
-            lr_scheduler_type=settings.schedule,
-            warmup_steps=int(settings.warmup * steps) if settings.schedule != "constant" else 0,
-            max_grad_norm=settings.max_grad_norm,
-            logging_steps=max(1, steps // 20),
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            seed=seed_of(seed, task, phase.name) % 2**31,
-        )
         trainer = Trainer(
             model=model,
-            args=args,
+            args=_arguments(settings, scratch, steps, seed_of(seed, task, phase.name) % 2**31),
             train_dataset=rows,
             data_collator=collate,
             compute_loss_func=class_loss,
@@ -117,14 +98,30 @@ def run_phase(
         )
         trainer.strategies, trainer.task_index, trainer.phase_name = strategies, task, phase.name
         trainer.workshop = workshop
-        trainer.pop_callback(_printer())
+        trainer.pop_callback(PrinterCallback)
         output = trainer.train()
     adapter.train_only(None)
     model.eval()
     return float(output.training_loss)
 
 
-def _printer() -> Any:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
+def _arguments(settings: Settings, folder: str, steps: int, seed: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.lr,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=int(settings.warmup * steps) if settings.schedule != "constant" else 0,
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=max(1, steps // 20),
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=seed,
+    )

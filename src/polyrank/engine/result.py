@@ -55,7 +55,7 @@ class Result:
         return found
 
     def report(self) -> Path:
-        """Write report.html, matrix.png and matrix.csv into the run folder; return the path of the page."""
+        """Write report.html, matrix.png and matrix.csv into the folder; return the page's path."""
         # The one look upwards: reports read folders alone and must stay free of the engine.
         importlib.import_module("polyrank.reports").report(self.path)
         return self.path / "report.html"

@@ -69,8 +69,6 @@ class TrainerMixin(_Base):
     def _flow(self) -> Flow:
         return ensure_flow(root_of(self._inner()))
 
-    # --- optimiser -------------------------------------------------------------------------------
-
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimiser over the method's groups and bind its rules."""
         inherited = super().create_optimizer
@@ -118,8 +116,6 @@ class TrainerMixin(_Base):
         finally:
             if self.attachment is not None:
                 self.attachment.detach()
-
-    # --- the update ------------------------------------------------------------------------------
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Begin the update and hand the batch's condition to the cores; the rest is inherited."""
@@ -177,8 +173,6 @@ class TrainerMixin(_Base):
             return chosen(parameters, max_norm, norm_type=norm_type)
 
         self.accelerator.clip_grad_norm_ = rules_first
-
-    # --- checkpoints -----------------------------------------------------------------------------
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class TaskWorkshop(Workshop):
     """
 
     def __init__(
-        self, model: nn.Module, parts: dict[str, Sequence[Any]], seed: int, task: int, size: int
+        self, model: nn.Module, parts: Mapping[str, Sequence[Any]], seed: int, task: int, size: int
     ) -> None:
         self.model, self.parts, self.seed, self.task, self.size = model, parts, seed, task, size
 
@@ -57,14 +57,15 @@ class TaskWorkshop(Workshop):
         wants: frozenset[str],
         fn: Callable[[str, dict[str, Tensor]], None],
     ) -> dict[str, Any]:
-        """Call `fn(path, {"input", "output"})` for every adapted linear layer and batch; no gradients.
+        """Call `fn(path, {"input", "output"})` per adapted linear layer and batch; no gradients.
 
         Raises:
             ConfigError: for places or wishes that are not served.
         """
         if at != "linear" or not wants <= {"input", "output"}:
             raise ConfigError(
-                f"observe: got at={at!r}, wants={sorted(wants)}; 'linear' with 'input', 'output' is served"
+                f"observe: got at={at!r}, wants={sorted(wants)}; "
+                "'linear' with 'input', 'output' is served"
             )
 
         def hook(path: str) -> Callable[..., None]:

@@ -1,0 +1,139 @@
+"""What a run is decided by, checked before anything is loaded or written, and what it compares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from polyrank.engine.settings import Settings
+from polyrank.errors import ConfigError, nearest
+from polyrank.frame import Method, Strategy
+from polyrank.frame import method as make
+from polyrank.streams import Stream
+from polyrank.streams import stream as find_stream
+
+REFERENCES = ("sequential", "joint", "probe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """One of the compared systems."""
+
+    name: str
+    label: str
+    role: str
+    method: Method
+    strategies: tuple[Strategy, ...] = ()
+
+    @property
+    def pooled(self) -> bool:
+        """Whether all tasks are trained on at once."""
+        return any(strategy.pools for strategy in self.strategies)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that decides a run, but for the base model."""
+
+    stream: Stream
+    method: Method
+    strategies: tuple[Strategy, ...]
+    references: tuple[str, ...]
+    settings: Settings
+    target_modules: list[str] | str
+    seed: int
+
+    @classmethod
+    def build(
+        cls,
+        stream: Stream | str,
+        method: Method | str,
+        strategies: Iterable[Strategy | str],
+        references: Sequence[str],
+        train: Settings | dict[str, Any] | None,
+        target_modules: list[str] | str,
+        seed: int,
+    ) -> Plan:
+        """Look up what is given by name and check how all of it fits together.
+
+        Raises:
+            ConfigError: naming everything that does not.
+        """
+        plan = cls(
+            stream=find_stream(stream, **({"seed": seed} if isinstance(stream, str) else {})),
+            method=make(method) if isinstance(method, str) else method,
+            strategies=tuple(make(s) if isinstance(s, str) else s for s in strategies),
+            references=tuple(references),
+            settings=train if isinstance(train, Settings) else Settings.build(dict(train or {})),
+            target_modules=target_modules,
+            seed=seed,
+        )
+        if problems := list(plan._problems()):
+            raise ConfigError(problems)
+        return plan
+
+    def _problems(self) -> Iterator[str]:
+        stream = self.stream
+        for entry in (self.method, *self.strategies):
+            yield from (f"{entry.name}: {problem}" for problem in entry.checks())
+        yield from (f"train: {problem}" for problem in self.settings.problems())
+        for name in self.references:
+            if name not in REFERENCES:
+                words = f"{', '.join(REFERENCES)};{nearest(name, REFERENCES)}"
+                yield f"references: got {name!r}, expected {words}"
+        if stream.scenario != "class-incremental":
+            yield (
+                f"stream: {stream.name!r} is {stream.scenario}; "
+                "class-incremental streams can be run"
+            )
+        offers = {"class_names"}
+        if stream.visible.task_id_train and stream.visible.task_id_test:
+            offers.add("task_id")
+        for entry in (self.method, *self.strategies):
+            for need in sorted(entry.needs - offers):
+                yield (
+                    f"{entry.name}: needs {need.replace('_', ' ')}, which stream {stream.name!r} "
+                    f"({stream.scenario}) does not give; choose another method or another stream"
+                )
+
+    def systems(self) -> list[System]:
+        """Return what is compared: the method, and LoRA of equal rank unless it is that itself."""
+        method, active = self.method, getattr(self.method, "k", None)
+        label = f"{method.name} r={method.r}" + (f" k={active}" if active else "")
+        label += "".join(f" + {s.name}" for s in self.strategies)
+        own = System(
+            name=method.name,
+            label=label,
+            role="method",
+            method=method,
+            strategies=self.strategies,
+        )
+        found = [own]
+        plain = cast("Method", make("lora", r=method.r))
+        for name in ("sequential", "joint"):
+            if name not in self.references:
+                continue
+            system = System(
+                name=name,
+                label=f"{name} lora r={method.r}",
+                role="reference",
+                method=plain,
+                strategies=(cast("Strategy", make(name)),),
+            )
+            if self.strategies or method != plain or system.pooled != own.pooled:
+                found.append(system)
+        return found
+
+    def record(self, model: dict[str, Any]) -> dict[str, Any]:
+        """Return what identifies the run in run.json; `model` describes the base."""
+        return {
+            "method": {"name": self.method.name, "options": self.method.options()},
+            "strategies": [{"name": s.name, "options": s.options()} for s in self.strategies],
+            "references": list(self.references),
+            "stream": self.stream.describe(),
+            "model": model,
+            "target_modules": self.target_modules,
+            "seed": self.seed,
+            "train": asdict(self.settings),
+        }
