@@ -346,10 +346,11 @@ class LeakyMethod(Method):
 
 
 def test_what_a_fresh_process_cannot_give_back_fails(tmp_path, known, monkeypatch):
-    monkeypatch.setattr(registry, "_found", dict(registry._found))
     file = tmp_path / "leaky.py"
     file.write_text(LEAKY)
     leaky = load_file(file)
+    monkeypatch.delitem(registry._found, "leaky")
+    monkeypatch.setitem(registry._found, "leaky", leaky)
     with pytest.raises(AssertionError, match="2 of 2 checks failed") as caught:
         check_method(leaky, known(Toy), models=["llama"], checks=["fresh"])
     _, first, second = str(caught.value).split("\n", 2)

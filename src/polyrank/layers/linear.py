@@ -109,8 +109,9 @@ class View(Layer):
     def shadow(self, factors: tuple[Tensor, Tensor, Tensor | None] | None) -> None:
         """Keep copies of (A0 (w, d_in), B0 (d_out, w), δ0 (), (w,), (w, w) or None), frozen."""
         held = self.module.polyrank_shadow
+        if self.name in held:
+            del held[self.name]
         if factors is None:
-            held.pop(self.name, None)
             return
         A0, B0, delta = (None if t is None else t.detach().clone() for t in factors)
         held[self.name] = Frozen(A0, B0, delta=delta)
@@ -282,6 +283,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         held = Frozen(A.detach().clone(), B.detach().clone(), copy.deepcopy(core))
         self._hold(name, replica, held, view.site.r, bank)
 
+    def keeps(self, name: str, replica: str) -> bool:
+        """Say whether one adapter keeps a replica of that name."""
+        return name in self.polyrank_replica and replica in cast(
+            "nn.ModuleDict", self.polyrank_replica[name]
+        )
+
     def _replicate_shape(self, name: str, replica: str, r: int, bank: int) -> None:
         """Make room for a saved replica, whose ranks may differ from today's."""
         view = self.views[name]
@@ -300,15 +307,19 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def drop(self, name: str) -> None:
         """Remove one adapter and leave the choice of the active one to the caller."""
-        for held in self.adapter_layer_names + self.other_param_names:
+        self.forget(name, self.adapter_layer_names + self.other_param_names)
+        self.views.pop(name, None)
+
+    def forget(self, name: str, containers: Sequence[str]) -> None:
+        """Remove what some containers hold of one adapter."""
+        for held in containers:
             if name in getattr(self, held):
                 del getattr(self, held)[name]
-        self.views.pop(name, None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter."""
-        super().delete_adapter(adapter_name)
         self.views.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -402,7 +413,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             view = self.views.get(name)
             if view is None:
                 continue
-            if flow.view and flow.view not in self.polyrank_replica.get(name, {}):
+            if flow.view and not self.keeps(name, flow.view):
                 raise ConfigError(
                     f"view: got {flow.view!r}, but adapter {name!r} keeps no such replica; "
                     'use "base" or make one with polyrank.replica(model, name)'

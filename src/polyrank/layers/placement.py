@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -91,6 +92,15 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
         yield f"adapter name: {name!r} is part of the prefix {PREFIX!r}; rename the adapter"
 
 
+def width_of(module: nn.Module) -> int | None:
+    """Return the width of a classifier's input, or None if it does not say."""
+    with warnings.catch_warnings():
+        # PEFT warns about layers that it does not know.
+        warnings.simplefilter("ignore")
+        found: int | None = in_out_features(module)[0]
+    return found
+
+
 def head_problems(model: nn.Module, config: PolyrankConfig) -> Iterator[str]:
     """Say why a head does not fit the model."""
     if config.head is not None:
@@ -101,7 +111,7 @@ def head_problems(model: nn.Module, config: PolyrankConfig) -> Iterator[str]:
             yield f"head: the model has no module {path!r}; name its classifier, for example 'classifier' or 'score'"
             return
         base = module.base_layer if isinstance(module, HeadHost) else module
-        if in_out_features(base)[0] is None and "d" not in config.head:
+        if width_of(base) is None and "d" not in config.head:
             yield f"head: {path!r} is a {type(base).__name__} without in_features; add 'd', the width of its input"
 
 

@@ -164,8 +164,7 @@ def absorb(
         layer.dense_weight().data = merged
     for view in found.layers:
         had_bank = view.bank is not None
-        for held in view.module.other_param_names:
-            getattr(view.module, held).pop(view.name, None)
+        view.module.forget(view.name, view.module.other_param_names)
         if had_bank:
             with _rebuilt(view):
                 view.module.polyrank_core[view.name] = view.method.core(view.site)

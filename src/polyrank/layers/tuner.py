@@ -34,6 +34,7 @@ from polyrank.layers.placement import (
     name_problems,
     no_match,
     tensors_of,
+    width_of,
 )
 from polyrank.layers.root import ensure_flow, hook_of, remove_flow
 
@@ -234,7 +235,7 @@ class PolyrankModel(BaseTuner):
             setattr(model.get_submodule(parent), leaf, host)
             module.requires_grad_(False)
             module = host
-        d = int(in_out_features(module.base_layer)[0] or config.head["d"])
+        d = int(width_of(module.base_layer) or config.head["d"])
         names = list(config.head.get("names", []))
         head = self._method.head(names, d) or LinearHead(d)
         head.grow(names, keyed(self._seed, name, "head"))
@@ -348,6 +349,15 @@ class PolyrankModel(BaseTuner):
         )
         remove_flow(cast("nn.Module", unloaded))
         return cast("nn.Module", unloaded)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(new_module, Head):
+            # PEFT's own hands the old classifier's weights to what takes its place.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete one adapter from layers, blocks and head."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -82,14 +83,23 @@ class Case:
     ) -> Tensor:
         """Return the model's answer to a batch, without gradients and in its present mode."""
         adapted = isinstance(model, PeftModel)
+        batch = self.tiny.inputs(0, dtype)
+        if self.tiny.classifies:
+            batch.pop("labels")
         with torch.no_grad(), self.shown(model, condition) if adapted else nullcontext():
-            return self.tiny.read(model(**self.tiny.inputs(0, dtype))).clone()
+            return self.tiny.read(model(**batch)).clone()
 
     def loss(self, model: nn.Module, *, seed: int = 0) -> Tensor:
         """Return the loss of a batch."""
+        batch = self.tiny.inputs(seed)
         with self.shown(model):
-            found: Tensor = model(**self.tiny.inputs(seed)).loss
-        return found
+            if not self.tiny.classifies:
+                found: Tensor = model(**batch).loss
+                return found
+            # Not the model's own loss: it counts the classes of its config, not those of a head.
+            labels = batch.pop("labels")
+            logits = self.tiny.read(model(**batch)).float()
+        return F.cross_entropy(logits, labels % logits.shape[-1])
 
     def train(
         self, model: PeftModel, *, steps: int = 2, lr: float = 1e-2, extra: Iterable[Any] = ()

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import partial
@@ -303,7 +304,11 @@ def _there_and_back(model: PeftModel) -> None:
 
 
 def _delete(model: PeftModel) -> None:
-    model.delete_adapter("other")
+    # The active one, since PEFT then looks for another: it warns and takes the first that is left.
+    model.set_adapter("other")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model.delete_adapter("other")
 
 
 def _merge(model: PeftModel) -> None:

@@ -35,6 +35,11 @@ class Tiny:
     kind: str
     answer: str = "logits"
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the answer is one row of class logits for each sample."""
+        return self.kind in ("images", "sentences")
+
     def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return the model in evaluation mode; its weights are drawn from a key."""
         with torch.random.fork_rng(devices=[]):
