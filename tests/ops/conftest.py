@@ -72,7 +72,7 @@ class Case:
 
 @pytest.fixture
 def make():
-    """Returns a factory of cases, called like make("sigmoid", lead=(2, 5), dtype=torch.float32)."""
+    """A factory of cases: the name of an epilogue, then sizes, dtype and fields to change."""
 
     def factory(
         name="sigmoid",

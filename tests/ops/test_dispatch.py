@@ -9,7 +9,7 @@ from torch import nn
 
 import polyrank.ops.rank_gate as package
 from polyrank.errors import ConfigError
-from polyrank.ops.rank_gate import Epilogue, eager, naive, rank_gate
+from polyrank.ops.rank_gate import Epilogue, NonFiniteError, eager, naive, rank_gate
 from polyrank.testing.tolerance import assert_close
 
 # --- paths ------------------------------------------------------------------------------------
@@ -314,3 +314,18 @@ def test_cuda_equals_the_reference(make, name, dtype):
         assert counts is None or torch.equal(counts, counts_e)
         for key, grad in grads.items():
             assert_close(grads_e[key], grad, **tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax", "self"])
+def test_cuda_refuses_bad_logits_without_waiting_for_them_in_a_training_step(make, kind):
+    case = make(kind, dtype=torch.float32, lead=(5,), device="cuda")
+    x = case.x.detach().clone()
+    x[2, 0] = float("inf")
+    bad = case.with_(x=x.requires_grad_())
+    out, _ = bad.call(rank_gate)
+    with pytest.raises(NonFiniteError, match="some tokens"):
+        out.sum().backward()
+    with torch.no_grad(), pytest.raises(NonFiniteError, match="1 of 5 tokens"):
+        bad.call(rank_gate)
+    case.run(rank_gate)

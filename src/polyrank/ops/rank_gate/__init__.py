@@ -71,7 +71,8 @@ def rank_gate(
 
     Raises:
         ConfigError: Shapes, dtypes, ranges that do not fit; a `POLYRANK_OPS` that cannot be served.
-        NonFiniteError: Router logits that are not finite; a compiled graph gives NaN instead.
+        NonFiniteError: Router logits that are not finite; on a GPU the backward of a training step
+            raises it, and a compiled graph gives NaN instead.
     """
     problems = _problems(y, x, A, rows, B, epilogue, live_from, shadow, row_scale, dropout, mask)
     if problems:

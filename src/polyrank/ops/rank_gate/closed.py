@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polyrank.ops.rank_gate.epilogue import Epilogue
-from polyrank.ops.rank_gate.selection import check_finite, largest_fast
+from polyrank.ops.rank_gate.selection import largest_fast
 
 Kept = tuple[Tensor | None, ...]
 
@@ -26,13 +26,9 @@ def route(z: Tensor, e: Epilogue) -> tuple[Kept, Tensor]:
     """A linear router: what `gates` and `back` need, and the selection as 1 and 0, both (T, E).
 
     Args:
-        z: (T, E) logits; overwritten.
+        z: (T, E) logits, finite; overwritten.
         e: An epilogue of kind "linear".
-
-    Raises:
-        NonFiniteError: Logits that are not finite.
     """
-    check_finite(z)
     b, share = e.bias_of_blocks(z.dtype), e.sum / e.block
     p = z.sigmoid_() if e.score == "sigmoid" else z
     on = largest_fast(p if b is None else p + b, e.k // e.block, scratch=b is not None)
@@ -53,12 +49,7 @@ def route(z: Tensor, e: Epilogue) -> tuple[Kept, Tensor]:
 
 
 def attend(h: Tensor, e: Epilogue) -> Kept:
-    """The self-activated gate: what `gates` and `back` need of h (T, r).
-
-    Raises:
-        NonFiniteError: Activations that are not finite.
-    """
-    check_finite(h)
+    """The self-activated gate: what `gates` and `back` need of h (T, r), finite."""
     s = h / h.norm(dim=-1, keepdim=True).clamp_min_(e.eps)
     w = (s / e.tau).add_(largest_fast(s, e.k).log_()).softmax(-1)
     return (w, s)

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from polyrank.ops.philox import Word, keep_mask
 from polyrank.ops.rank_gate import closed
 from polyrank.ops.rank_gate.epilogue import Epilogue
+from polyrank.ops.rank_gate.selection import check_finite, watch_finite
 
 # torch.mm(bf16, bf16, out_dtype=fp32), on CUDA only, came with torch 2.8.
 _MM_WIDE = hasattr(torch.ops.aten.mm, "dtype")
@@ -29,6 +30,7 @@ class _Plan(NamedTuple):
     seed: Word
     count: bool
     inplace: bool
+    backward: bool
 
 
 def _keep(x: Tensor, plan: _Plan) -> tuple[Tensor | None, float]:
@@ -112,15 +114,17 @@ class _RankGate(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         keep, gain = _keep(flat, plan)
         x_hat = flat if keep is None else flat * keep
-        on = None
+        on = ctx.finite = None
         if e.kind == "linear":
             hz = _logits(x_hat, torch.cat([A, rows]), gain)
             h, z = hz[:, :r], hz[:, r:]
             if hz.dtype != dtype:
                 h, z = h.to(dtype), z.contiguous()
+            ctx.finite = (watch_finite if plan.backward else check_finite)(z)
             kept, on = closed.route(z, e)
         elif e.kind == "self":
             h = _logits(x_hat, A, gain)
+            ctx.finite = (watch_finite if plan.backward else check_finite)(h)
             kept = closed.attend(h, e)
         else:
             h, kept = _mm(x_hat, A.to(dtype).t(), dtype, gain), (gate,)
@@ -146,6 +150,8 @@ class _RankGate(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 12
+        if ctx.finite is not None:
+            ctx.finite()
         x, A, rows, B, row_scale, A0, B0, delta, keep, h, *kept = ctx.saved_tensors
         plan, (_, to_x, to_A, to_rows, to_B, to_gate, *_) = ctx.plan, ctx.needs_input_grad
         e, dtype, r, live = plan.epilogue, x.dtype, A.shape[0], plan.live_from
@@ -220,9 +226,11 @@ def rank_gate(y, x, A, rows, B, epilogue, scale, live_from=0, shadow=None, row_s
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     target = _writable(y, inplace)
-    inplace = target is not None
-    plan = _Plan(epilogue.detached(), float(scale), live_from, dropout, seed, count, inplace)
-    y = y if target is None else target
+    inplace, y = target is not None, y if target is None else target
+    tensors = (y, x, A, rows, B, epilogue.gate)
+    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    constants = (float(scale), live_from, dropout, seed, count, inplace, backward)
+    plan = _Plan(epilogue.detached(), *constants)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         out, counts = _RankGate.apply(
             y, x, A, rows, B, epilogue.gate, row_scale, A0, B0, delta, mask, plan
