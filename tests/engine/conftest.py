@@ -85,9 +85,18 @@ class Tools:
     def toy(self, *rules, penalties=()):
         return Toy(held=rules, terms=tuple(penalties))
 
-    def adapted(self, name="smora", dtype=torch.float32, family="llama", **options):
+    def adapted(
+        self,
+        name="smora",
+        dtype=torch.float32,
+        family="llama",
+        targets="all-linear",
+        **options,
+    ):
         options = {"r": 8, "k": 2, **options} if name == "smora" else {"r": 4, **options}
-        model = pr.adapt(MODELS[family].build(dtype), pr.method(name, **options), seed=SEED)
+        model = pr.adapt(
+            MODELS[family].build(dtype), pr.method(name, **options), targets, seed=SEED
+        )
         self.models.append(model)
         return model
 

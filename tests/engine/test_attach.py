@@ -29,9 +29,6 @@ def update(tools, model, optimizer, rows, scaler=None):
     return float(loss.detach())
 
 
-# --- when rules run ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("called", [True, False], ids=["before_clip", "hook"])
 def test_begin_grads_after_in_order_once_per_update(tools, called, accumulation):
@@ -118,9 +115,6 @@ def test_penalty_adds_its_gradient_once_and_before_other_rules(tools):
         assert_close(held - bare, torch.full_like(bare, weight))
     found = next(r for r in attachment.rules if isinstance(r, PenaltyRule))
     assert attachment.rules.index(found) < attachment.rules.index(rule)
-
-
-# --- loss scaler ---------------------------------------------------------------------------------
 
 
 @FUSED
@@ -221,9 +215,6 @@ def test_injected_losses_are_scaled_and_averaged_over_micro_batches(
         assert_close(grad, torch.full_like(grad, weight))
 
 
-# --- what is refused -----------------------------------------------------------------------------
-
-
 def test_attaching_twice_is_refused_until_detached(tools):
     model = tools.adapted("smora")
     attachment = pr.attach(adamw(model), model)
@@ -286,9 +277,6 @@ def test_a_model_without_adapter_is_refused(tools):
         pr.attach(torch.optim.SGD(model.parameters()), model)
 
 
-# --- training that forgot the rules --------------------------------------------------------------
-
-
 @FUSED
 @pytest.mark.parametrize(
     ("name", "options"), [("smora", {}), ("lora", {"lr_ratio": 16.0})], ids=["smora", "lora+"]
@@ -346,9 +334,6 @@ def test_weights_loaded_between_updates_are_no_alarm(tools):
         tools.step(model, [tools.stack(tools.rows(2))])
         model.load_state_dict(saved, strict=False)
     assert attachment.index == 3
-
-
-# --- state ---------------------------------------------------------------------------------------
 
 
 def test_state_survives_a_folder(tools, tmp_path):

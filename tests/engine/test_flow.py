@@ -34,9 +34,6 @@ def clear(model):
         layer.core.counts = None
 
 
-# --- masks ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_padding_is_not_counted(tools, family, side):
@@ -112,9 +109,6 @@ def test_a_mask_follows_tokens_that_a_model_flattens(tools):
         assert flow.tokens("mask", torch.Size([2])) is None
         assert flow.tokens("mask", torch.Size([3, 2])) is None
         assert flow.tokens("decoder", torch.Size([2, 3])) is None
-
-
-# --- other forwards ------------------------------------------------------------------------------
 
 
 def test_only_forwards_with_gradients_in_training_are_counted(tools):
@@ -208,9 +202,6 @@ def test_dropout_differs_between_forwards_runs_tasks_and_phases(tools):
     first, again, *others = losses
     assert first == again
     assert len({loss for pair in [first, *others] for loss in pair}) == 8
-
-
-# --- copies --------------------------------------------------------------------------------------
 
 
 def train(tools, model, updates, start=0):

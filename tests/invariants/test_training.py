@@ -107,9 +107,6 @@ def test_recomputation_changes_nothing(tools, method, reentrant, dropout):
         assert all(int(c.sum()) == k * sum(tokens) for c in results[1][2][1])
 
 
-# --- two processes -------------------------------------------------------------------------------
-
-
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
