@@ -141,6 +141,10 @@ class MoELoRA(Method):
             width=self.task_width,
         )
 
+    def steered(self) -> bool:
+        """Its losses, injected in backward, must know the micro-batches of an update."""
+        return bool(self.aux or self.z_loss or self.beta) or super().steered()
+
     def init(self) -> Init:
         """MOELoRA draws A from N(0, 0.01²), the others as LoRA does."""
         return Gaussian(0.01) if self.router == "task" else super().init()
