@@ -5,12 +5,13 @@ from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.gates import GateStatistics, gate_statistics, has_gates
 from polyrank.layers.heads import LinearHead
 from polyrank.layers.hosts import BlockHost, HeadHost
-from polyrank.layers.linear import AdaptedLinear, View
+from polyrank.layers.linear import AdaptedLinear
 from polyrank.layers.plugin import install
 from polyrank.layers.root import ensure_flow, hook_of
 from polyrank.layers.structure import absorb, append, grow_head, keep, redraw, replica
 from polyrank.layers.tuner import PolyrankModel
 from polyrank.layers.verbs import adapt, conditioned, hotswap, load, merge, parameter_groups, view
+from polyrank.layers.views import View
 
 __all__ = [
     "AdaptedLinear",

@@ -7,7 +7,8 @@ from torch import nn
 from polyrank.errors import ConfigError, InertError, nearest
 from polyrank.frame import Adapter, Block, Head, Method
 from polyrank.layers.hosts import BlockHost, HeadHost
-from polyrank.layers.linear import AdaptedLinear, View
+from polyrank.layers.linear import AdaptedLinear
+from polyrank.layers.views import View
 
 BY = ("block", "layer", "matrix")
 
@@ -51,7 +52,7 @@ class ModelAdapter(Adapter):
         return list(found.values())
 
     def train_only(self, roles: frozenset[str] | None) -> None:
-        """Make exactly the parameters of these roles trainable; None means all that the method declares."""
+        """Make exactly these roles trainable; None means all that the method declares."""
         for role, params in self.roles().items():
             for param in params:
                 param.requires_grad_(roles is None or role in roles)
@@ -70,7 +71,8 @@ class ModelAdapter(Adapter):
         if dead := sorted(name for name, value in now.items() if value == 0 == before.get(name)):
             raise InertError(
                 f"adapter {self.name!r}: {', '.join(dead)} of {self.method.name!r} stayed zero "
-                "through training, so what the method is about did not happen; check that its rules "
+                "through training, so what the method is about did not happen; check that its "
+                "rules "
                 "run (polyrank.Trainer, polyrank.TrainerMixin or polyrank.attach), its rates are "
                 "not 0 and its targets see data"
             )

@@ -1,10 +1,12 @@
 """The names that polyrank needs from inside PEFT, in one place.
 
-PEFT offers no public plug-in interface, so these are what a release of PEFT may move. Each has been present since
-PEFT 0.20, the lower bound of the dependency.
+PEFT offers no public plug-in interface, so these are what a release of PEFT may move. Each has
+been present since PEFT 0.20, the lower bound of the dependency.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -17,11 +19,13 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Auxil
 from peft.utils.other import get_pattern_key
 
 try:
-    from peft.utils.error import NoMatchingPeftModuleError as NoMatch
+    from peft.utils.error import NoMatchingPeftModuleError
+
+    NoMatch: type[Exception] = NoMatchingPeftModuleError
 except ImportError:
     NoMatch = ValueError
 
-TARGETS: dict[str, list[str]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+TARGETS: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 in_out_features = _get_in_out_features
 
 __all__ = [

@@ -20,19 +20,22 @@ class PolyrankConfig(PeftConfig):
 
     Args:
         method: registered name of a method, ``"smora"``; `polyrank methods` lists them.
-        options: the method's options, ``{"r": 64, "k": 8}``; completed with the defaults, so that a saved adapter
-            states all of them.
+        options: the method's options, ``{"r": 64, "k": 8}``; completed with the defaults, so that
+            a saved adapter states all of them.
         target_modules: names, a regular expression, or ``"all-linear"``.
         exclude_modules: names or a regular expression of modules to leave out.
         modules_to_save: modules trained and saved whole beside the adapter.
-        layers_to_transform: block numbers to adapt; needs `layers_pattern` if blocks are not found by name.
+        layers_to_transform: block numbers to adapt; needs `layers_pattern` if blocks are not
+            found by name.
         layers_pattern: name of the list of blocks.
         rank_pattern: ranks that differ from `r`, by module name or regular expression.
         alpha_pattern: the same for `alpha`.
         head: a growing classifier: ``{"module": "classifier", "names": ["cat", "dog"]}``.
-        sites: shapes of sites that differ from the options, by path; written when structure changes.
+        sites: shapes of sites that differ from the options, by path; written when structure
+            changes.
         seed: key of the starting values; None takes torch's initial seed.
-        init_weights: False draws B as well, so that the adapter is not neutral at start (used by tests).
+        init_weights: False draws B as well, so that the adapter is not neutral at start (used by
+            tests).
         schema_version: version of this layout; a newer one is refused.
     """
 
@@ -77,7 +80,8 @@ class PolyrankConfig(PeftConfig):
         if not isinstance(made, Method):
             raise ConfigError(
                 f"method: {self.method!r} is a strategy and owns no structure; "
-                f'name a method and combine them: pr.run(..., method="lora", strategies=["{self.method}"])'
+                f'name a method and combine them: pr.run(..., method="lora", '
+                f'strategies=["{self.method}"])'
             )
         self.method, self.options = made.name, made.options()
 
@@ -93,11 +97,13 @@ class PolyrankConfig(PeftConfig):
                 )
                 if not good or (low and not isinstance(value, int)):
                     found.append(
-                        f"{name}[{key!r}]: got {value!r}, expected {'an integer >= 1' if low else 'a number > 0'}"
+                        f"{name}[{key!r}]: got {value!r}, expected "
+                        f"{'an integer >= 1' if low else 'a number > 0'}"
                     )
         if self.bias != "none":
             found.append(
-                f"bias: got {self.bias!r}, expected 'none'; list the modules in modules_to_save to train their biases"
+                f"bias: got {self.bias!r}, expected 'none'; list the modules in modules_to_save "
+                f"to train their biases"
             )
         if self.target_parameters:
             found.append(
@@ -112,7 +118,8 @@ class PolyrankConfig(PeftConfig):
             )
         if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
             found.append(
-                "layers_pattern: given without layers_to_transform; name the blocks to adapt as well"
+                "layers_pattern: given without layers_to_transform; name the blocks to adapt as "
+                "well"
             )
         return found
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyrank.errors import ConfigError, MergeError
-from polyrank.layers.linear import AdaptedLinear, View
+from polyrank.layers.linear import AdaptedLinear
+from polyrank.layers.views import View
 
 
 class GateStatistics:
@@ -55,7 +56,8 @@ def gate_statistics(
     for view in views:
         if not has_gates(view):
             raise MergeError(
-                f"gates: the core {type(view.core).__name__} has none to average; keep the adapter unmerged"
+                f"gates: the core {type(view.core).__name__} has none to average; keep the "
+                f"adapter unmerged"
             )
     handles = [
         view.module.register_forward_pre_hook(_Watch(view, stats))
@@ -71,7 +73,9 @@ def gate_statistics(
             handle.remove()
         model.train(training)
     if not all(stats.tokens for stats in found):
-        raise ConfigError("gates: the batches gave no token to some layer; pass batches that reach all of them")
+        raise ConfigError(
+            "gates: the batches gave no token to some layer; pass batches that reach all of them"
+        )
     return found
 
 
@@ -87,7 +91,7 @@ class _Watch:
         A, _, core, _ = view.factors(flow)
         rows = core.rows()
         z = None if rows is None else F.linear(x.float(), rows.float())
-        gates = core.gates_of(F.linear(x, A.to(x.dtype)), z).double().cpu()
+        gates = cast("Any", core).gates_of(F.linear(x, A.to(x.dtype)), z).double().cpu()
         self.stats.gate += gates.sum(0)
         self.stats.chosen += (gates != 0).double().sum(0)
         self.stats.tokens += len(x)

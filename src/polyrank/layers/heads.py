@@ -14,7 +14,7 @@ from polyrank.frame import Head
 
 
 class LinearHead(Head):
-    """logits = x Wᵀ + b over the classes seen so far; new rows are drawn U(±1/√d), their biases are zero.
+    """logits = x Wᵀ + b over the classes seen so far; new rows are U(±1/√d), new biases zero.
 
     Args:
         d: width of the embedding.

@@ -119,7 +119,7 @@ class HeadHost(_Host):
         """Return the trained parameters of one adapter's head."""
         if "head" not in self.methods[name].trains:
             return {}
-        frozen = getattr(self.owned[name], "frozen", frozenset())
+        frozen: frozenset[str] = getattr(self.owned[name], "frozen", frozenset())
         return {"head": [p for n, p in self.owned[name].named_parameters() if n not in frozen]}
 
     def forward(self, embedding: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -132,16 +132,18 @@ class HeadHost(_Host):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Return the active head if merging, else the base classifier."""
-        name = self.active() if merge else None
-        return self.base_layer if name is None else cast("nn.Module", self.owned[name])
+        """Return the merged adapter's head, by default the active one's, or the base classifier."""
+        wanted = adapter_names or self.active_adapters
+        name = next((n for n in wanted if n in self.owned), None) if merge else None
+        return self.base_layer if name is None else self.owned[name]
 
 
 class BlockHost(_Host):
-    """Sits inside the module whose output a block replaces; the module keeps its place and its path.
+    """Sits inside the module whose output a block replaces; the module keeps its place and path.
 
-    A wrapper around the module would change the paths of everything inside it, and PEFT saves nothing that lies
-    under a wrapper's base layer; so the block's forward is put in front of the module's own instead.
+    A wrapper around the module would change the paths of everything inside it, and PEFT saves
+    nothing that lies under a wrapper's base layer; so the block's forward is put in front of the
+    module's own instead.
     """
 
     held = "polyrank_side"
@@ -176,7 +178,7 @@ class BlockHost(_Host):
 
 
 class BlockForward:
-    """The forward of a module that hosts a block; an object, so that a copy of the model copies it along."""
+    """The forward of a module that hosts a block; an object, so that copies of the model work."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -228,7 +230,7 @@ def attach_block(
     if host is None:
         host = BlockHost(site, flow)
         module.add_module("polyrank_block", host)
-        module.forward = BlockForward(module)  # type: ignore[method-assign]
+        module.forward = BlockForward(module)
     at = inside.get_submodule(block.tap)
     if block.tap != block.add and not any(
         isinstance(hook, Tap) and hook.host is host for hook in at._forward_pre_hooks.values()

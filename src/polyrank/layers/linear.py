@@ -7,201 +7,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyrank.errors import ConfigError, MergeError
-from polyrank.frame import Core, Flow, Layer, Method, Site, keyed, seed_of
+from polyrank.frame import Flow, Method, Site, keyed
 from polyrank.layers.compat import BaseTunerLayer, check_adapters_to_merge, in_out_features
-from polyrank.ops.philox import dropout as seeded_dropout
-from polyrank.ops.rank_gate import rank_gate
-
-
-def wide(t: Tensor) -> Tensor:
-    """Return t in fp32, or as it is in fp64."""
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def _through(delta: Tensor, h: Tensor) -> Tensor:
-    """Return δ0 h for h (…, w) and δ0 a matrix, a diagonal (w,) or a number."""
-    return F.linear(h, delta) if delta.dim() == 2 else h * delta
-
+from polyrank.layers.views import Factor, Frozen, View, wide
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
-class Factor(nn.Module):
-    """Holds one weight, so that its name in a state dict ends in ``<adapter>.weight`` as PEFT's own do."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns))
-
-
-class Frozen(nn.Module):
-    """Holds frozen factors: a bank of earlier ranks, a shadow that is subtracted, or a replica."""
-
-    def __init__(
-        self, A: Tensor, B: Tensor, core: nn.Module | None = None, delta: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        self.A = nn.Parameter(A, requires_grad=False)
-        self.B = nn.Parameter(B, requires_grad=False)
-        self.delta = None if delta is None else nn.Parameter(delta, requires_grad=False)
-        self.core = None if core is None else core.requires_grad_(False)
-        # Of a replica: (live ranks, banked ranks) when it was made.
-        self.shape = (0, 0)
-
-    def train(self, mode: bool = True) -> Frozen:
-        """Stay in evaluation mode: Trainer calls model.train() before every micro-batch."""
-        return cast("Frozen", super().train(False))
-
-
-class View(Layer):
-    """One adapter's view of one adapted layer; what methods, rules and penalties work on."""
-
-    def __init__(self, module: AdaptedLinear, name: str, method: Method, site: Site) -> None:
-        self.module = module
-        self.name = name
-        self.method = method
-        self.site = site
-        self.scale = method.scale(site)
-        self.row_scale: Tensor | None = None
-        self.seed = seed_of("dropout", site.path, name)
-
-    @property
-    def A(self) -> nn.Parameter:
-        """Live rows (widths[0], d_in)."""
-        return cast("Factor", self.module.polyrank_A[self.name]).weight
-
-    @property
-    def B(self) -> nn.Parameter:
-        """Live columns (d_out, widths[1])."""
-        return cast("Factor", self.module.polyrank_B[self.name]).weight
-
-    @property
-    def core(self) -> Core:
-        """The method's core for this layer."""
-        return cast("Core", self.module.polyrank_core[self.name])
-
-    @property
-    def bank(self) -> tuple[Tensor, Tensor] | None:
-        """Frozen ranks before the live ones."""
-        held = self.module.polyrank_bank
-        return (held[self.name].A, held[self.name].B) if self.name in held else None
-
-    @property
-    def shadow(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Frozen (A0, B0, δ0) whose product is subtracted."""
-        held = self.module.polyrank_shadow
-        return (
-            (held[self.name].A, held[self.name].B, held[self.name].delta)
-            if self.name in held
-            else None
-        )
-
-    @shadow.setter
-    def shadow(self, factors: tuple[Tensor, Tensor, Tensor | None] | None) -> None:
-        """Keep copies of (A0 (w, d_in), B0 (d_out, w), δ0 (), (w,), (w, w) or None), frozen."""
-        held = self.module.polyrank_shadow
-        if self.name in held:
-            del held[self.name]
-        if factors is None:
-            return
-        A0, B0, delta = (None if t is None else t.detach().clone() for t in factors)
-        held[self.name] = Frozen(A0, B0, delta=delta)
-
-    def weight(self) -> Tensor:
-        """Return the base weight as dense fp32 (d_out, d_in)."""
-        weight = self.module.dense_weight().detach().float()
-        return weight.T if self.module.transposed else weight
-
-    def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return this layer's parameters that may train, by role, as the method declares."""
-        found = {"A": [self.A], "B": [self.B], "core": self.core.trained()}
-        return {role: params for role, params in found.items() if role in self.method.trains}
-
-    def factors(self, flow: Flow) -> tuple[Tensor, Tensor, Core, int]:
-        """Return (A, B, core, live_from) of the view that the flow shows."""
-        if flow.view:
-            replica = self.module.polyrank_replica[self.name][flow.view]
-            return replica.A, replica.B, replica.core, replica.A.shape[0]
-        if self.bank is None:
-            return self.A, self.B, self.core, 0
-        bank_A, bank_B = self.bank
-        return (
-            torch.cat([bank_A, self.A]),
-            torch.cat([bank_B, self.B], dim=1),
-            self.core,
-            bank_A.shape[0],
-        )
-
-    def add(self, y: Tensor, x: Tensor, flow: Flow) -> Tensor:
-        """Return y plus this adapter's update for the input x."""
-        A, B, core, live_from = self.factors(flow)
-        if (gain := core.base_gain()) is not None:
-            bias = self.module.base_bias()
-            y = gain * y if bias is None else gain * (y - bias) + bias
-        dropout = self.method.dropout if core.training else 0.0
-        seed = flow.key(self.seed) if dropout else 0
-        mask = flow.tokens(self.site.masks, x.shape[:-1])
-        if core.epilogue != "python":
-            count = core.counting and flow.live(core.training)
-            y, counts = rank_gate(
-                y, x, A, core.rows(), B, core.fused(), self.scale, live_from, self.shadow, self.row_scale,
-                dropout, seed, mask, count=count,
-            )  # fmt: skip
-            if counts is not None:
-                core.count(counts)
-            return y
-        if self.row_scale is not None:
-            raise ConfigError(
-                f"row_scale at {self.site.path}: the core {type(core).__name__} runs without a "
-                "kernel, which alone can scale the gradients of A and B and not that of the input; "
-                "use a core with an epilogue, such as frame.Identity"
-            )
-        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-        if autocast:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        # Logits rounded to bf16 by autocast would tie, and change the choice of some tokens.
-        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-            x_hat = seeded_dropout(x, dropout, seed) if dropout else x
-            rows = core.rows()
-            z = None if rows is None else F.linear(wide(x_hat), rows.to(wide(x_hat).dtype))
-            q = core(F.linear(x_hat, A.to(x.dtype)), z, flow.at(mask))
-            update = F.linear(q, B.to(q.dtype))
-            if self.shadow is not None:
-                A0, B0, delta = self.shadow
-                h0 = F.linear(x, A0.to(x.dtype))
-                h0 = h0 if delta is None else _through(delta.to(h0.dtype), h0)
-                update = update - F.linear(h0, B0.to(h0.dtype))
-            return y + update.to(y.dtype) * self.scale
-
-    def delta(self, condition: Tensor | None = None) -> Tensor:
-        """Return the dense update (d_out, d_in) in fp32, in fp64 if the factors are.
-
-        Raises:
-            MergeError: if the core depends on the token, or on a condition that was not given.
-        """
-        A, B, core, _ = self.factors(Flow())
-        A, B = wide(A.detach()), wide(B.detach())
-        update = B @ core.delta(condition).detach().to(B) @ A
-        if self.shadow is not None:
-            A0, B0, delta = (None if t is None else wide(t) for t in self.shadow)
-            update = update - B0 @ (A0 if delta is None else _through(delta, A0.T).T)
-        update = update * self.scale
-        if (gain := core.base_gain()) is not None:
-            update = update + (float(gain) - 1) * self.weight()
-        return update
-
-
 class AdaptedLinear(nn.Module, BaseTunerLayer):
-    """Wraps a linear layer (or GPT-2's Conv1D, or a quantised one) and adds the updates of its active adapters."""
+    """Wraps a linear layer, GPT-2's Conv1D or a quantised one, and adds its adapters' updates."""
 
     polyrank_A: nn.ModuleDict
     polyrank_B: nn.ModuleDict
@@ -220,7 +41,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.flow = flow
         self.views: dict[str, View] = {}
         self.transposed = type(base_layer).__name__ == "Conv1D"
-        self.in_features, self.out_features = in_out_features(base_layer)
+        self.in_features, self.out_features = cast("tuple[int, int]", in_out_features(base_layer))
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -230,7 +51,15 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def update_layer(
         self, name: str, method: Method, site: Site, shapes: dict[str, Any], seed: int | None
     ) -> None:
-        """Allocate one adapter; `shapes` carries bank and shadow ranks of a saved one; seed None leaves it unfilled."""
+        """Allocate one adapter and fill it, unless it is on meta.
+
+        Args:
+            name: the adapter.
+            method: what it is.
+            site: where this layer sits.
+            shapes: what `shapes` gave for a saved adapter, else empty.
+            seed: key of the starting values; None leaves it unfilled.
+        """
         core = method.core(site)
         self.polyrank_A[name] = Factor(core.widths[0], site.d_in)
         self.polyrank_B[name] = Factor(site.d_out, core.widths[1])
@@ -256,7 +85,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(name)
 
     def shapes(self, name: str) -> dict[str, Any]:
-        """Return what decides the shapes of one adapter here beside its options, as plain values."""
+        """Return what decides one adapter's shapes here beside its options, as plain values."""
         view = self.views[name]
         found: dict[str, Any] = {"r": view.site.r, "scale": view.scale}
         if view.bank is not None:
@@ -267,7 +96,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
                 found["shadow_delta"] = list(view.shadow[2].shape)
         if name in self.polyrank_replica:
             replicas = cast("nn.ModuleDict", self.polyrank_replica[name])
-            found["replicas"] = {key: list(held.shape) for key, held in sorted(replicas.items())}
+            found["replicas"] = {k: list(self.replica_of(name, k).shape) for k in sorted(replicas)}
         return found
 
     def fill(self, name: str, seed: int, *key: int | str) -> None:
@@ -282,6 +111,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         A, B, core, bank = view.factors(Flow())
         held = Frozen(A.detach().clone(), B.detach().clone(), copy.deepcopy(core))
         self._hold(name, replica, held, view.site.r, bank)
+
+    def replica_of(self, name: str, replica: str) -> Frozen:
+        """Return what one adapter keeps under a replica's name."""
+        return cast("Frozen", cast("nn.ModuleDict", self.polyrank_replica[name])[replica])
 
     def keeps(self, name: str, replica: str) -> bool:
         """Say whether one adapter keeps a replica of that name."""
@@ -324,13 +157,15 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        # PEFT's own version also casts to the base's dtype: a balance bias in bf16 would lose its steps of 1e-5.
+        # PEFT's own version also casts to the base's dtype: a balance bias in bf16 would lose its
+        # steps of 1e-5.
         target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         for name in self.adapter_layer_names + self.other_param_names:
             held = getattr(self, name)
-            if adapter_name in held and target is not None and target.type != "meta":
-                if not any(p.device.type == "meta" for p in held[adapter_name].parameters()):
-                    held[adapter_name].to(target)
+            if adapter_name not in held or target is None or target.type == "meta":
+                continue
+            if not any(p.is_meta for p in held[adapter_name].parameters()):
+                held[adapter_name].to(target)
 
     # --- trainability ----------------------------------------------------------------------------
 
@@ -468,7 +303,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """
         if self.quantised():
             raise MergeError(
-                f"base weight: {type(self.get_base_layer()).__name__} is quantised, and polyrank needs a dense one "
+                f"base weight: {type(self.get_base_layer()).__name__} is quantised, and polyrank "
+                f"needs a dense one "
                 "here; keep the adapter unmerged, or load the base model without quantisation"
             )
         return cast("Tensor", self.get_base_layer().weight)
@@ -485,7 +321,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """Add the updates of adapters to the base weight.
 
         Raises:
-            MergeError: if a core has no single matrix or the base is quantised, before anything changes.
+            MergeError: if a core has no single matrix or the base is quantised, before anything
+                changes.
             ValueError: with `safe_merge`, if a merged weight is not finite.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.views]

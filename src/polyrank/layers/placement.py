@@ -6,9 +6,11 @@ import re
 import warnings
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
-from polyrank.errors import CheckpointError, nearest
+from polyrank.errors import CheckpointError, ConfigError, nearest
+from polyrank.frame import Block, Method, Site, keyed
 from polyrank.layers.compat import in_out_features
 from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.hosts import BlockHost, HeadHost
@@ -41,7 +43,8 @@ def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None
             f" … and {len(problems) - 6} more" if len(problems) > 6 else ""
         )
         raise CheckpointError(
-            f"adapter: config and tensors disagree: {shown}; load the adapter_config.json that was saved with "
+            f"adapter: config and tensors disagree: {shown}; load the adapter_config.json that "
+            f"was saved with "
             "these tensors, on the base model it was trained on"
         )
 
@@ -82,12 +85,17 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
     own = {part for part in parts if part.startswith(PREFIX)}
     adapters = {n for m in model.modules() if isinstance(m, (AdaptedLinear,)) for n in m.views}
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        yield f"adapter name: got {name!r}, expected letters, digits, '_' and '-'; rename the adapter"
+        yield (
+            f"adapter name: got {name!r}, expected letters, digits, '_' and '-'; rename the adapter"
+        )
     elif (
         name
         in (parts | set(dir(nn.ModuleDict)) | set(dir(dict)) | {"weight", "bias"}) - own - adapters
     ):
-        yield f"adapter name: {name!r} is also the name of a module or attribute, and saving would drop tensors; rename the adapter"
+        yield (
+            f"adapter name: {name!r} is also the name of a module or attribute, and saving would "
+            f"drop tensors; rename the adapter"
+        )
     elif name in PREFIX:
         yield f"adapter name: {name!r} is part of the prefix {PREFIX!r}; rename the adapter"
 
@@ -108,11 +116,17 @@ def head_problems(model: nn.Module, config: PolyrankConfig) -> Iterator[str]:
         try:
             module = model.get_submodule(path)
         except AttributeError:
-            yield f"head: the model has no module {path!r}; name its classifier, for example 'classifier' or 'score'"
+            yield (
+                f"head: the model has no module {path!r}; name its classifier, for example "
+                f"'classifier' or 'score'"
+            )
             return
         base = module.base_layer if isinstance(module, HeadHost) else module
         if width_of(base) is None and "d" not in config.head:
-            yield f"head: {path!r} is a {type(base).__name__} without in_features; add 'd', the width of its input"
+            yield (
+                f"head: {path!r} is a {type(base).__name__} without in_features; add 'd', the "
+                f"width of its input"
+            )
 
 
 def blocks_of(model: nn.Module) -> list[tuple[str, int, int]]:
@@ -152,3 +166,41 @@ def mask_of(model: nn.Module, path: str) -> str:
         )
         return "mask" if cross else "decoder"
     return "mask"
+
+
+def make_blocks(
+    model: nn.Module, method: Method, seed: int, name: str
+) -> list[tuple[nn.Module, Site, Block]]:
+    """Return what a method puts beside its linear layers, all checked before anything changes.
+
+    Raises:
+        ConfigError: for places that a transformer block does not have, or a model without blocks.
+    """
+    made: list[tuple[nn.Module, Site, Block]] = []
+    problems: list[str] = []
+    for path, depth, depths in blocks_of(model):
+        r, alpha = method.r, method.alpha
+        site = Site(path=path, d_in=0, d_out=0, r=r, alpha=alpha, depth=depth, depths=depths)
+        # A block draws its own starting values, and must not draw them from the global generator.
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(keyed(seed, name, path, "block").get_state())
+            block = method.sub_block(site)
+        if block is None:
+            continue
+        inside = model.get_submodule(path)
+        paths = {p for p, _ in inside.named_modules() if p and PREFIX not in p}
+        problems += [
+            f"block: {path!r} has no module {at!r} to {what};{nearest(at, paths)} expected one of "
+            f"{', '.join(sorted(paths)[:8])} …; change {what} of {type(block).__name__}"
+            for what, at in (("tap", block.tap), ("add", block.add))
+            if at not in paths
+        ]
+        made.append((inside, site, block))
+    if not made and type(method).sub_block is not Method.sub_block:
+        problems.append(
+            f"block: {method.name!r} found no transformer block in {type(model).__name__}, "
+            "expected a ModuleList named layers, blocks or h; use a model that has one"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return made

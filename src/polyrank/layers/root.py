@@ -14,7 +14,7 @@ from polyrank.errors import InertError
 from polyrank.frame import Flow
 
 if TYPE_CHECKING:
-    from polyrank.layers.linear import View
+    from polyrank.layers.views import View
 
 CONDITION = "polyrank_condition"
 HOOKS: weakref.WeakValueDictionary[int, FlowHook] = weakref.WeakValueDictionary()

@@ -1,4 +1,7 @@
-"""Structural verbs: the only functions that change shapes or base weights. No optimiser may exist while they run."""
+"""Structural verbs: the only functions that change shapes or base weights.
+
+No optimiser may exist while they run.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from polyrank.frame import Core, Flow, Head, Site, keyed
 from polyrank.layers.adapter import adapter_of
 from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.hosts import HeadHost
-from polyrank.layers.linear import AdaptedLinear, Factor, Frozen, View
+from polyrank.layers.linear import AdaptedLinear
+from polyrank.layers.views import Factor, Frozen, View
 
 
 def config_of(model: nn.Module, name: str) -> PolyrankConfig:
@@ -45,7 +49,7 @@ def _rebuilt(view: View) -> Iterator[None]:
 def grow_head(
     model: nn.Module, names: Sequence[str], *, adapter: str | None = None, seed: int = 0
 ) -> None:
-    """Append classes to the head of an adapter; old rows stay bit-identical and the config learns the names.
+    """Append classes to an adapter's head; old rows keep their bits, the config learns the names.
 
     Raises:
         ConfigError: if the adapter has no head, or a class is already there.
@@ -68,7 +72,7 @@ def grow_head(
 def append(
     model: nn.Module, r: int | None = None, *, adapter: str | None = None, seed: int = 0
 ) -> None:
-    """Freeze the live ranks into the bank and give every layer r fresh ones (None: as many as before).
+    """Freeze the live ranks into the bank and give every layer r fresh ones (None: as many).
 
     Raises:
         ConfigError: if a core cannot stand behind a bank, before anything changes.
@@ -96,7 +100,8 @@ def _append_problems(view: View) -> Iterator[str]:
     core = view.core
     if core.widths[0] != core.widths[1]:
         yield (
-            f"append: the core {type(core).__name__} maps {core.widths[0]} to {core.widths[1]} ranks, "
+            f"append: the core {type(core).__name__} maps {core.widths[0]} to {core.widths[1]} "
+            f"ranks, "
             "and a bank needs as many rows of A as columns of B; use absorb instead"
         )
     elif type(core).banked is Core.banked:
@@ -113,7 +118,7 @@ def _resized(view: View, r: int) -> Site:
 def redraw(
     model: nn.Module, *, adapter: str | None = None, seed: int = 0, key: str = "redraw"
 ) -> None:
-    """Write fresh starting values into the live factors and cores, keyed by (seed, adapter, path, key)."""
+    """Write fresh starting values into factors and cores, keyed by (seed, adapter, path, key)."""
     found = adapter_of(model, adapter)
     for view in found.layers:
         view.module.fill(found.name, seed, key)
@@ -129,12 +134,13 @@ def absorb(
     Args:
         model: a PEFT model with a polyrank adapter.
         adapter: its name; None is the active one.
-        lossy: go on although the base is stored below fp32, where a part of every update is rounded away.
+        lossy: go on although the base is stored below fp32, where a part of every update is
+            rounded away.
         seed: key of the new starting values.
 
     Raises:
-        MergeError: if the update depends on the token, the base is quantised, or rounding would lose some of it
-            and `lossy` is False; before anything changes.
+        MergeError: if the update depends on the token, the base is quantised, or rounding would
+            lose some of it and `lossy` is False; before anything changes.
     """
     found = adapter_of(model, adapter)
     if any(found.name in view.module.merged_adapters for view in found.layers):
@@ -157,7 +163,8 @@ def absorb(
     )
     if below and not lossy:
         raise MergeError(
-            f"absorb: the base is stored below fp32, and rounding would lose {share:.1%} of the update; "
+            f"absorb: the base is stored below fp32, and rounding would lose {share:.1%} of the "
+            f"update; "
             "use a frozen bank (append), load the base in fp32, or pass lossy=True"
         )
     for layer, merged in updates:
@@ -184,7 +191,8 @@ def keep(model: nn.Module, view: View, ranks: Tensor) -> None:
     core, layer, name, r = view.core, view.module, view.name, view.A.shape[0]
     if core.widths != (r, r):
         raise ConfigError(
-            f"keep: the core {type(core).__name__} maps {core.widths}, and ranks can be kept one by "
+            f"keep: the core {type(core).__name__} maps {core.widths}, and ranks can be kept one "
+            f"by "
             "one only where A's rows and B's columns correspond"
         )
     if (
@@ -215,7 +223,7 @@ def keep(model: nn.Module, view: View, ranks: Tensor) -> None:
 
 
 def _picked(core: Core, key: str, param: Tensor, ranks: Tensor) -> Tensor:
-    """Return the part of a core's parameter that belongs to some ranks, by the meaning of its axes."""
+    """Return the part of a core's parameter that belongs to some ranks, by its axes."""
     value, r = param.detach(), core.widths[0]
     for axis, meaning in enumerate(core.axes.get(key, ())):
         if meaning == "rank":
@@ -243,7 +251,8 @@ def replica(model: nn.Module, name: str, *, adapter: str | None = None) -> None:
     taken = {"", "base", *cast("Any", model).peft_config, *dir(nn.ModuleDict)}
     if not re.fullmatch(r"[A-Za-z0-9_-]*", name) or name in taken:
         raise ConfigError(
-            f"replica: got name {name!r}, expected letters, digits, '_' and '-', and neither 'base' "
+            f"replica: got name {name!r}, expected letters, digits, '_' and '-', and neither "
+            f"'base' "
             "nor the name of an adapter; choose another, for example 'slow'"
         )
     for view in found.layers:

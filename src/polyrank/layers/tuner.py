@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from polyrank.errors import ConfigError, MergeError, nearest
-from polyrank.frame import Block, Head, Method, Site, keyed
+from polyrank.errors import ConfigError, MergeError
+from polyrank.frame import Head, Site, keyed
 from polyrank.layers.compat import (
     TARGETS,
     AuxiliaryTrainingWrapper,
@@ -26,10 +26,10 @@ from polyrank.layers.hosts import BlockHost, HeadHost, attach_block, detach_bloc
 from polyrank.layers.linear import AdaptedLinear
 from polyrank.layers.placement import (
     PREFIX,
-    blocks_of,
     check_tensors,
     depths_of,
     head_problems,
+    make_blocks,
     mask_of,
     name_problems,
     no_match,
@@ -62,7 +62,8 @@ class PolyrankModel(BaseTuner):
         """Add one adapter: linear layers first, then blocks, then the head.
 
         Raises:
-            ConfigError: for an adapter name that PEFT cannot save, or targets that cannot be adapted.
+            ConfigError: for an adapter name that PEFT cannot save, or targets that cannot be
+                adapted.
         """
         config = cast("PolyrankConfig", self.peft_config[adapter_name])
         if problems := [*name_problems(model, adapter_name), *head_problems(model, config)]:
@@ -74,7 +75,7 @@ class PolyrankModel(BaseTuner):
         self._depths = depths_of(model)
         before = {id(m) for m in model.modules() if isinstance(m, AdaptedLinear)}
         try:
-            blocks = self._make_blocks(model, adapter_name)
+            blocks = make_blocks(model, self._method, self._seed, adapter_name)
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -124,7 +125,7 @@ class PolyrankModel(BaseTuner):
             hook.probes[name] = first.views[name]
 
     @staticmethod
-    def _check_target_module_exists(peft_config: PolyrankConfig, key: str) -> Any:
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         # The classifier that the head replaces is not adapted as well.
         head = peft_config.head["module"] if peft_config.head else None
         if head is not None and (key == head or key.startswith(f"{head}.")):
@@ -133,7 +134,7 @@ class PolyrankModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: PolyrankConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -144,7 +145,8 @@ class PolyrankModel(BaseTuner):
         base = target.base_layer if isinstance(target, AdaptedLinear) else target
         site = self._site(peft_config, current_key, base, parent)
         saved = peft_config.sites.get(current_key, {})
-        # Fresh values are drawn even for an adapter that is about to be loaded: a key missing there must not show.
+        # Fresh values are drawn even for an adapter that is about to be loaded: a key missing
+        # there must not show.
         if isinstance(target, AdaptedLinear):
             layer = target
             layer.update_layer(adapter_name, self._method, site, saved, self._seed)
@@ -175,11 +177,12 @@ class PolyrankModel(BaseTuner):
             )
         if isinstance(parent, nn.MultiheadAttention):
             raise ConfigError(
-                f"target_modules: {key!r} belongs to nn.MultiheadAttention, which reads its weight without calling it; "
+                f"target_modules: {key!r} belongs to nn.MultiheadAttention, which reads its "
+                f"weight without calling it; "
                 "leave it out with exclude_modules"
             )
-        pattern = get_pattern_key(config.rank_pattern.keys(), key)
-        alpha = get_pattern_key(config.alpha_pattern.keys(), key)
+        pattern = get_pattern_key(list(config.rank_pattern), key)
+        alpha = get_pattern_key(list(config.alpha_pattern), key)
         r = config.sites.get(key, {}).get("r", config.rank_pattern.get(pattern, self._method.r))
         depth, depths = self._depths.get(key, (-1, -1))
         return Site(
@@ -192,37 +195,6 @@ class PolyrankModel(BaseTuner):
             depths=depths,
             masks=mask_of(self.model, key),
         )
-
-    def _make_blocks(self, model: nn.Module, name: str) -> list[tuple[nn.Module, Site, Block]]:
-        """Return what the method puts beside its linear layers, all checked before anything changes."""
-        made: list[tuple[nn.Module, Site, Block]] = []
-        problems: list[str] = []
-        for path, depth, depths in blocks_of(model):
-            r, alpha = self._method.r, self._method.alpha
-            site = Site(path=path, d_in=0, d_out=0, r=r, alpha=alpha, depth=depth, depths=depths)
-            # A block draws its own starting values, and must not draw them from the global generator.
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(keyed(self._seed, name, path, "block").get_state())
-                block = self._method.sub_block(site)
-            if block is None:
-                continue
-            inside = model.get_submodule(path)
-            paths = {p for p, _ in inside.named_modules() if p and PREFIX not in p}
-            problems += [
-                f"block: {path!r} has no module {at!r} to {what};{nearest(at, paths)} expected one of "
-                f"{', '.join(sorted(paths)[:8])} …; change {what} of {type(block).__name__}"
-                for what, at in (("tap", block.tap), ("add", block.add))
-                if at not in paths
-            ]
-            made.append((inside, site, block))
-        if not made and type(self._method).sub_block is not Method.sub_block:
-            problems.append(
-                f"block: {self._method.name!r} found no transformer block in {type(model).__name__}, "
-                "expected a ModuleList named layers, blocks or h; use a model that has one"
-            )
-        if problems:
-            raise ConfigError(problems)
-        return made
 
     def _inject_head(self, model: nn.Module, name: str, config: PolyrankConfig) -> None:
         if config.head is None:
@@ -240,7 +212,7 @@ class PolyrankModel(BaseTuner):
         head = self._method.head(names, d) or LinearHead(d)
         head.grow(names, keyed(self._seed, name, "head"))
         reference = next(module.base_layer.parameters(), torch.empty(0))
-        module.update_head(name, cast("Head", head.to(reference.device)), self._method)
+        module.update_head(name, head.to(reference.device), self._method)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Without autocast the factors take the base's dtype; gates and statistics stay fp32.
@@ -300,7 +272,8 @@ class PolyrankModel(BaseTuner):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         if any(m.merged for m in self.modules() if isinstance(m, AdaptedLinear)):
             raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
             )
 
     # --- merging, unloading ----------------------------------------------------------------------
@@ -326,7 +299,8 @@ class PolyrankModel(BaseTuner):
 
         Raises:
             MergeError: if one of them has no exact dense form, before anything changes.
-            ValueError: with `safe_merge`, if a merged weight is not finite, before anything changes.
+            ValueError: with `safe_merge`, if a merged weight is not finite, before anything
+                changes.
         """
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
@@ -337,7 +311,7 @@ class PolyrankModel(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> Any:
         if merge:
             self._check_merge(adapter_names, safe_merge)
         detach_blocks(self.model)
@@ -348,7 +322,7 @@ class PolyrankModel(BaseTuner):
             merge, progressbar, safe_merge, adapter_names
         )
         remove_flow(cast("nn.Module", unloaded))
-        return cast("nn.Module", unloaded)
+        return unloaded
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -387,7 +361,8 @@ class PolyrankModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's own looks at the second-last part only; cores have deeper names: polyrank_core.<adapter>.router.weight
+        # PEFT's own looks at the second-last part only; cores have deeper names:
+        # polyrank_core.<adapter>.router.weight
         return re.sub(
             rf"(\.{PREFIX}[A-Za-z]+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key, count=1
         )
@@ -396,13 +371,13 @@ class PolyrankModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
-        config: PolyrankConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_tensors(tensors_of(model, adapter_name), found)
-        return cast("dict[str, Tensor]", found)
+        return found
 
 
 class _NamesHook:

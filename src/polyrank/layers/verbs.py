@@ -19,8 +19,8 @@ from polyrank.frame import method as make
 from polyrank.layers.adapter import adapter_of
 from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.gates import gate_statistics
-from polyrank.layers.linear import View, wide
 from polyrank.layers.root import hook_of
+from polyrank.layers.views import View, wide
 
 
 def adapt(
@@ -39,7 +39,8 @@ def adapt(
         method: a method such as `polyrank.method("smora", r=64, k=8)`, or its name.
         target_modules: as in PEFT; None takes PEFT's defaults for the architecture.
         adapter_name: key of the adapter.
-        head: module path of a classifier to replace by one that grows, or {"module": …, "names": […]}.
+        head: module path of a classifier to replace by one that grows, or {"module": …, "names":
+            […]}.
         **options: further fields of `PolyrankConfig`: rank_pattern, exclude_modules, seed …
 
     Raises:
@@ -48,13 +49,15 @@ def adapt(
     made = make(method) if isinstance(method, str) else method
     if not isinstance(made, Method):
         raise ConfigError(
-            f"method: got {type(made).__name__}, expected a method such as polyrank.method('smora', r=64, k=8)"
+            f"method: got {type(made).__name__}, expected a method such as "
+            f"polyrank.method('smora', r=64, k=8)"
         )
     if problems := made.checks():
         raise ConfigError([f"{made.name}: {problem}" for problem in problems])
     if not any(isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" for m in model.modules()):
         raise ConfigError(
-            f"model: {type(model).__name__} has no linear layer to adapt; pass a model with nn.Linear or Conv1D modules"
+            f"model: {type(model).__name__} has no linear layer to adapt; pass a model with "
+            f"nn.Linear or Conv1D modules"
         )
     config = PolyrankConfig(
         method=made.name,
@@ -67,7 +70,7 @@ def adapt(
 
 
 def load(model: nn.Module, path: str | Path, **options: Any) -> PeftModel:
-    """Load a saved adapter onto a base model: `PeftModel.from_pretrained` with polyrank's type registered.
+    """Load a saved adapter onto a base model: `PeftModel.from_pretrained`, polyrank's type known.
 
     Args:
         model: the base model that the adapter was trained on.
@@ -81,7 +84,7 @@ def load(model: nn.Module, path: str | Path, **options: Any) -> PeftModel:
 
 
 def hotswap(model: PeftModel, path: str | Path, *, adapter_name: str = "default") -> None:
-    """Copy a saved adapter into one that is already in the model; no module is made, compiled code stays valid.
+    """Copy a saved adapter into one that is in the model; no module is made, compiled code stays.
 
     Raises:
         CheckpointError: if the saved adapter has another method, other options or other shapes.
@@ -101,14 +104,14 @@ def hotswap(model: PeftModel, path: str | Path, *, adapter_name: str = "default"
 
 @contextmanager
 def view(model: nn.Module, name: str) -> Iterator[None]:
-    """Show another view of the model: "base", or a replica by name; trainability is never touched."""
+    """Show another view of the model: "base", or a replica by name; nothing else changes."""
     with _flow(model).put(view=name):
         yield
 
 
 @contextmanager
 def conditioned(model: nn.Module, condition: Tensor) -> Iterator[None]:
-    """Give conditioned cores what they read, (batch, c), for all forwards inside (`generate` included)."""
+    """Give conditioned cores what they read, (batch, c), in all forwards inside, `generate` too."""
     with _flow(model).put(ambient=condition, condition=condition):
         yield
 
@@ -166,13 +169,13 @@ def merge(
 
     Args:
         model: a PEFT model with a polyrank adapter.
-        approximate: batches of model inputs. A core that weighs ranks for each token is replaced by its mean gate
-            over them, W + s · B diag(E[g]) A: an approximation, never exact.
+        approximate: batches of model inputs. A core that weighs ranks for each token is replaced
+            by its mean gate over them, W + s · B diag(E[g]) A: an approximation, never exact.
         condition: for cores that merge per condition, the one to merge for, (1, c) or (c,).
 
     Raises:
-        MergeError: if the adapter has no exact dense form and no approximation was asked for, before
-            anything changes.
+        MergeError: if the adapter has no exact dense form and no approximation was asked for,
+            before anything changes.
     """
     found = adapter_of(model)
     if approximate is None and condition is None:
@@ -185,7 +188,8 @@ def merge(
     weights = [layer.module.dense_weight() for layer in found.layers]
     if found.blocks:
         raise MergeError(
-            f"merge: adapter {found.name!r} holds blocks, which no base weight equals; stay unmerged"
+            f"merge: adapter {found.name!r} holds blocks, which no base weight equals; stay "
+            f"unmerged"
         )
     for layer, weight, delta in zip(found.layers, weights, deltas, strict=True):
         delta = delta.T if layer.module.transposed else delta

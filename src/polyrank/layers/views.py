@@ -1,0 +1,195 @@
+"""One adapter's view of one adapted layer, and the holders of its tensors."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polyrank.errors import ConfigError
+from polyrank.frame import Core, Flow, Layer, Method, Site, seed_of
+from polyrank.ops.philox import dropout as seeded_dropout
+from polyrank.ops.rank_gate import rank_gate
+
+if TYPE_CHECKING:
+    from polyrank.layers.linear import AdaptedLinear
+
+
+def wide(t: Tensor) -> Tensor:
+    """Return t in fp32, or as it is in fp64."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _through(delta: Tensor, h: Tensor) -> Tensor:
+    """Return δ0 h for h (…, w) and δ0 a matrix, a diagonal (w,) or a number."""
+    return F.linear(h, delta) if delta.dim() == 2 else h * delta
+
+
+class Factor(nn.Module):
+    """Holds one weight, so that its name ends in ``<adapter>.weight`` as PEFT's own do."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+
+
+class Frozen(nn.Module):
+    """Holds frozen factors: a bank of earlier ranks, a shadow that is subtracted, or a replica."""
+
+    def __init__(
+        self, A: Tensor, B: Tensor, core: nn.Module | None = None, delta: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.A = nn.Parameter(A, requires_grad=False)
+        self.B = nn.Parameter(B, requires_grad=False)
+        self.delta = None if delta is None else nn.Parameter(delta, requires_grad=False)
+        self.core = None if core is None else core.requires_grad_(False)
+        # Of a replica: (live ranks, banked ranks) when it was made.
+        self.shape = (0, 0)
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Stay in evaluation mode: Trainer calls model.train() before every micro-batch."""
+        return super().train(False)
+
+
+class View(Layer):
+    """One adapter's view of one adapted layer; what methods, rules and penalties work on."""
+
+    def __init__(self, module: AdaptedLinear, name: str, method: Method, site: Site) -> None:
+        self.module = module
+        self.name = name
+        self.method = method
+        self.site = site
+        self.scale = method.scale(site)
+        self.row_scale: Tensor | None = None
+        self.seed = seed_of("dropout", site.path, name)
+
+    @property
+    def A(self) -> nn.Parameter:  # type: ignore[override]
+        """Live rows (widths[0], d_in)."""
+        return cast("Factor", self.module.polyrank_A[self.name]).weight
+
+    @property
+    def B(self) -> nn.Parameter:  # type: ignore[override]
+        """Live columns (d_out, widths[1])."""
+        return cast("Factor", self.module.polyrank_B[self.name]).weight
+
+    @property
+    def core(self) -> Core:  # type: ignore[override]
+        """The method's core for this layer."""
+        return cast("Core", self.module.polyrank_core[self.name])
+
+    @property
+    def bank(self) -> tuple[Tensor, Tensor] | None:  # type: ignore[override]
+        """Frozen ranks before the live ones."""
+        if self.name not in self.module.polyrank_bank:
+            return None
+        held = cast("Frozen", self.module.polyrank_bank[self.name])
+        return held.A, held.B
+
+    @property
+    def shadow(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Frozen (A0, B0, δ0) whose product is subtracted."""
+        if self.name not in self.module.polyrank_shadow:
+            return None
+        held = cast("Frozen", self.module.polyrank_shadow[self.name])
+        return held.A, held.B, held.delta
+
+    @shadow.setter
+    def shadow(self, factors: tuple[Tensor, Tensor, Tensor | None] | None) -> None:
+        """Keep copies of (A0 (w, d_in), B0 (d_out, w), δ0 (), (w,), (w, w) or None), frozen."""
+        held = self.module.polyrank_shadow
+        if self.name in held:
+            del held[self.name]
+        if factors is None:
+            return
+        A0, B0, delta = factors
+        delta = None if delta is None else delta.detach().clone()
+        held[self.name] = Frozen(A0.detach().clone(), B0.detach().clone(), delta=delta)
+
+    def weight(self) -> Tensor:
+        """Return the base weight as dense fp32 (d_out, d_in)."""
+        weight = self.module.dense_weight().detach().float()
+        return weight.T if self.module.transposed else weight
+
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Return this layer's parameters that may train, by role, as the method declares."""
+        found = {"A": [self.A], "B": [self.B], "core": self.core.trained()}
+        return {role: params for role, params in found.items() if role in self.method.trains}
+
+    def factors(self, flow: Flow) -> tuple[Tensor, Tensor, Core, int]:
+        """Return (A, B, core, live_from) of the view that the flow shows."""
+        if flow.view:
+            replica = self.module.replica_of(self.name, flow.view)
+            return replica.A, replica.B, cast("Core", replica.core), replica.A.shape[0]
+        if self.bank is None:
+            return self.A, self.B, self.core, 0
+        bank_A, bank_B = self.bank
+        return (
+            torch.cat([bank_A, self.A]),
+            torch.cat([bank_B, self.B], dim=1),
+            self.core,
+            bank_A.shape[0],
+        )
+
+    def add(self, y: Tensor, x: Tensor, flow: Flow) -> Tensor:
+        """Return y plus this adapter's update for the input x."""
+        A, B, core, live_from = self.factors(flow)
+        if (gain := core.base_gain()) is not None:
+            bias = self.module.base_bias()
+            y = gain * y if bias is None else gain * (y - bias) + bias
+        dropout = self.method.dropout if core.training else 0.0
+        seed = flow.key(self.seed) if dropout else 0
+        mask = flow.tokens(self.site.masks, x.shape[:-1])
+        if core.epilogue != "python":
+            count = core.counting and flow.live(core.training)
+            y, counts = rank_gate(
+                y, x, A, core.rows(), B, core.fused(), self.scale, live_from, self.shadow,
+                self.row_scale, dropout, seed, mask, count=count,
+            )  # fmt: skip
+            if counts is not None:
+                core.count(counts)
+            return y
+        if self.row_scale is not None:
+            raise ConfigError(
+                f"row_scale at {self.site.path}: the core {type(core).__name__} runs without a "
+                "kernel, which alone can scale the gradients of A and B and not that of the input; "
+                "use a core with an epilogue, such as frame.Identity"
+            )
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        if autocast:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        # Logits rounded to bf16 by autocast would tie, and change the choice of some tokens.
+        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+            x_hat = seeded_dropout(x, dropout, seed) if dropout else x
+            rows = core.rows()
+            z = None if rows is None else F.linear(wide(x_hat), rows.to(wide(x_hat).dtype))
+            q = core(F.linear(x_hat, A.to(x.dtype)), z, flow.at(mask))
+            update = F.linear(q, B.to(q.dtype))
+            if self.shadow is not None:
+                A0, B0, delta = self.shadow
+                h0 = F.linear(x, A0.to(x.dtype))
+                h0 = h0 if delta is None else _through(delta.to(h0.dtype), h0)
+                update = update - F.linear(h0, B0.to(h0.dtype))
+            return y + update.to(y.dtype) * self.scale
+
+    def delta(self, condition: Tensor | None = None) -> Tensor:
+        """Return the dense update (d_out, d_in) in fp32, in fp64 if the factors are.
+
+        Raises:
+            MergeError: if the core depends on the token, or on a condition that was not given.
+        """
+        A, B, core, _ = self.factors(Flow())
+        A, B = wide(A.detach()), wide(B.detach())
+        update = B @ core.delta(condition).detach().to(B) @ A
+        if self.shadow is not None:
+            A0, B0, delta = self.shadow
+            A0 = wide(A0) if delta is None else _through(wide(delta), wide(A0).T).T
+            update = update - wide(B0) @ A0
+        update = update * self.scale
+        if (gain := core.base_gain()) is not None:
+            update = update + (float(gain) - 1) * self.weight()
+        return update
