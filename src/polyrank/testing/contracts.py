@@ -8,30 +8,37 @@ survive in another process is checked for many cases at once by `polyrank.testin
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import json
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from polyrank.errors import ConfigError, MergeError, PolyrankError
-from polyrank.frame import Method, keyed, method
+from polyrank.frame import Method, method
 from polyrank.layers import AdaptedLinear, adapter_of, merge, parameter_groups
 from polyrank.testing.cases import Case, Condition, contract_cases
 from polyrank.testing.fresh import fresh_problems
 from polyrank.testing.models import MODELS
+from polyrank.testing.probes import (
+    assert_unmoved,
+    bits_of,
+    declared,
+    difference,
+    ids,
+    nudge,
+    same,
+    stateful,
+)
 from polyrank.testing.tolerance import assert_close
+from polyrank.testing.verbs import VERBS
 
-Verb = Callable[[PeftModel], None]
 REFUSED = (torch.int64, torch.bool, torch.complex64)
 
 
@@ -55,26 +62,24 @@ def check_neutral(case: Case) -> None:
 def check_declared(case: Case) -> None:
     """Only declared weights train and move, after every verb of PEFT; the base keeps its bits."""
     model = case.build()
-    declared = _declared(model)
+    own = declared(model)
     for verb, act in VERBS.items():
-        bits = _bits(model)
+        bits = bits_of(model)
         act(model)
         names = {n for n, p in model.named_parameters() if p.requires_grad}
-        assert names == declared.keys(), f"after {verb}: {_differ(names, declared.keys())}"
+        assert names == own.keys(), f"after {verb}: {difference(names, own.keys())}"
         assert adapter_of(model).name == "default", f"after {verb}: another adapter is active"
-        before = _bits(model)
+        before = bits_of(model)
         if verb != "merge":
-            _unmoved(bits, before, f"{verb} itself")
+            assert_unmoved(bits, before, f"{verb} itself")
         others = [
-            p
-            for p in model.parameters()
-            if p.requires_grad and id(p) not in _ids(declared.values())
+            p for p in model.parameters() if p.requires_grad and id(p) not in ids(own.values())
         ]
         case.train(model, steps=1, extra=others)
-        moved = {n for n, value in _bits(model).items() if not _same(value, before[n])}
-        allowed = declared.keys() | _stateful(model)
+        moved = {n for n, value in bits_of(model).items() if not same(value, before[n])}
+        allowed = own.keys() | stateful(model)
         assert moved <= allowed, f"after {verb}: {sorted(moved - allowed)[:5]} moved"
-        assert moved & declared.keys(), f"after {verb}: nothing moved"
+        assert moved & own.keys(), f"after {verb}: nothing moved"
 
 
 def check_counted(case: Case) -> None:
@@ -83,8 +88,8 @@ def check_counted(case: Case) -> None:
     groups = parameter_groups(model, lr=1e-3, weight_decay=0.1)
     held = [p for group in groups for p in group["params"]]
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
-    assert len(held) == len(_ids(held)), "a tensor stands in two groups"
-    assert _ids(held) == trained.keys(), (
+    assert len(held) == len(ids(held)), "a tensor stands in two groups"
+    assert ids(held) == trained.keys(), (
         f"{len(held)} tensors in groups, {len(trained)} require gradients"
     )
     text = io.StringIO()
@@ -108,7 +113,7 @@ def check_base(case: Case) -> None:
     assert torch.equal(case.answer(model), trained), "switching off and on changes the answer"
     plain = model.unload()
     found = dict(plain.state_dict())
-    assert found.keys() == bits.keys(), f"unload leaves {_differ(found.keys(), bits.keys())}"
+    assert found.keys() == bits.keys(), f"unload leaves {difference(found.keys(), bits.keys())}"
     for name, value in found.items():
         assert torch.equal(value, bits[name]), f"{name} of the base moved"
     assert torch.equal(case.answer(plain), expected), "the unloaded model answers differently"
@@ -118,7 +123,7 @@ def check_merged(case: Case) -> None:
     """A merge gives the forward's answer in both modes, or `MergeError` before anything changed."""
     # fp64 activations: what is left between the two is the rounding of the fp32 update.
     model = case.build(method=case.undropped(), dtype=torch.float64)
-    _nudge(model)
+    nudge(model)
     exact = {layer.core.merges for layer in adapter_of(model).layers} <= {"exact"}
     expected = {mode: _in_mode(case, model, mode) for mode in (True, False)}
     if exact and not adapter_of(model).blocks:
@@ -126,11 +131,11 @@ def check_merged(case: Case) -> None:
         _equal_after(case, model.merge_and_unload(), expected)
         return
     for attempt in (model.merge_adapter, model.merge_and_unload):
-        bits, kinds = _bits(model), [type(m) for m in model.modules()]
+        bits, kinds = bits_of(model), [type(m) for m in model.modules()]
         text = _refusal(attempt, MergeError, "a merge, though no matrix equals the forward,")
         assert "approximat" in text or "unmerged" in text, f"no remedy in: {text}"
         assert kinds == [type(m) for m in model.modules()], "a refused merge changed modules"
-        _unmoved(bits, _bits(model), "a refused merge")
+        assert_unmoved(bits, bits_of(model), "a refused merge")
     condition = case.conditions()
     if case.method.merges == "per-condition" and condition is not None:
         one = condition[:1].expand_as(condition)
@@ -141,7 +146,7 @@ def check_merged(case: Case) -> None:
 def check_gradients(case: Case) -> None:
     """Every trainable weight gets a gradient once B has left zero."""
     model = case.build(method=case.undropped())
-    _nudge(model)
+    nudge(model)
     model.train()
     case.loss(model).backward()
     for name, param in model.named_parameters():
@@ -167,7 +172,7 @@ def check_size(case: Case) -> None:
 def check_undecayed(case: Case) -> None:
     """Weight decay shrinks factors and never gates: what a core lists, and weights per rank."""
     model = case.build()
-    _nudge(model)
+    nudge(model)
     adapter = adapter_of(model)
     gates = {
         id(p)
@@ -175,7 +180,7 @@ def check_undecayed(case: Case) -> None:
         for n, p in layer.core.named_parameters()
         if n in layer.core.gates or p.dim() < 2
     }
-    before = _bits(model)
+    before = bits_of(model)
     groups = parameter_groups(model, lr=0.1, weight_decay=0.5)
     for group in groups:
         for param in group["params"]:
@@ -184,8 +189,8 @@ def check_undecayed(case: Case) -> None:
     shrunk = 0
     for name, param in model.named_parameters():
         if id(param) in gates or not param.requires_grad:
-            assert _same(param, before[name]), f"{name} decayed"
-        shrunk += int(not _same(param, before[name]))
+            assert same(param, before[name]), f"{name} decayed"
+        shrunk += int(not same(param, before[name]))
     assert shrunk, "nothing decayed, so the check saw nothing"
 
 
@@ -276,79 +281,6 @@ def _problem(case: Case, name: str) -> str:
     return ""
 
 
-# --- helpers -------------------------------------------------------------------------------------
-
-
-def _set(model: PeftModel) -> None:
-    model.set_adapter("default")
-
-
-def _disable_enable(model: PeftModel) -> None:
-    tuner: Any = model.base_model
-    tuner.disable_adapter_layers()
-    tuner.enable_adapter_layers()
-
-
-def _context(model: PeftModel) -> None:
-    with model.disable_adapter():
-        pass
-
-
-def _add(model: PeftModel) -> None:
-    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
-
-
-def _there_and_back(model: PeftModel) -> None:
-    model.set_adapter("other")
-    model.set_adapter("default")
-
-
-def _delete(model: PeftModel) -> None:
-    # The active one, since PEFT then looks for another: it warns and takes the first that is left.
-    model.set_adapter("other")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        model.delete_adapter("other")
-
-
-def _merge(model: PeftModel) -> None:
-    with contextlib.suppress(MergeError):
-        model.merge_adapter()
-        model.unmerge_adapter()
-
-
-VERBS: dict[str, Verb] = {
-    "set_adapter": _set,
-    "disable and enable": _disable_enable,
-    "disable_adapter()": _context,
-    "add_adapter": _add,
-    "set another and back": _there_and_back,
-    "delete_adapter": _delete,
-    "merge": _merge,
-}
-
-
-def _declared(model: PeftModel) -> dict[str, nn.Parameter]:
-    """The parameters that the method declares as trained, by name."""
-    ids = {id(p) for params in adapter_of(model).roles().values() for p in params}
-    return {name: p for name, p in model.named_parameters() if id(p) in ids}
-
-
-def _stateful(model: PeftModel) -> set[str]:
-    """Names of what a core keeps beside its trained weights, which rules and forwards may move."""
-    ids = {
-        id(p)
-        for layer in adapter_of(model).layers
-        for n, p in layer.core.named_parameters()
-        if n in layer.core.frozen
-    }
-    return {name for name, p in model.named_parameters() if id(p) in ids}
-
-
-def _ids(params: Iterable[nn.Parameter]) -> set[int]:
-    return {id(p) for p in params}
-
-
 def _refusal(call: Callable[[], Any], kind: type[Exception], what: str) -> str:
     """Return the words with which a call is refused."""
     try:
@@ -356,35 +288,6 @@ def _refusal(call: Callable[[], Any], kind: type[Exception], what: str) -> str:
     except kind as error:
         return str(error)
     raise AssertionError(f"{what} was taken")
-
-
-def _bits(model: nn.Module) -> dict[str, Tensor]:
-    return {n: t.detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()]}
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
-
-
-def _unmoved(before: dict[str, Tensor], after: dict[str, Tensor], what: str) -> None:
-    moved = [n for n in before.keys() & after.keys() if not _same(before[n], after[n])]
-    assert not moved, f"{what} moved {sorted(moved)[:5]}"
-
-
-def _differ(found: Iterable[str], expected: Iterable[str]) -> str:
-    more, less = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
-    return f"{more[:3]} too much, {less[:3]} missing"
-
-
-def _nudge(model: PeftModel) -> None:
-    """Move every trained weight a little, so that nothing of interest is zero."""
-    rng = keyed("nudge")
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            if param.requires_grad:
-                step = torch.randn(param.shape, generator=rng) * 0.1
-                # Kept away from zero: a gate of zero hides its rank.
-                param.add_(step if ".polyrank_core." not in name else step.abs())
 
 
 def _in_mode(case: Case, model: nn.Module, mode: bool, condition: Tensor | None = None) -> Tensor:
