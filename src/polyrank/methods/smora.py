@@ -11,9 +11,8 @@ Differs from the released code: the bias balances and does not weigh (`bias_in_w
     processes, never twice under gradient checkpointing (`balance_every="micro_batch"` steps after
     every forward); disabled adapters return the base output.
 Limits: no exact merge, as the gate depends on the token. Cost: r (d_in + d_out) + (r / block) d_in.
-Status: formula and balancing tested against the published definitions; the paper's accuracies
-    are not verified here; on the digits stream it forgets as sequential LoRA does, since
-    nothing in it protects old tasks.
+Status: formula and balancing tested; the paper's accuracies not verified; on the digits stream it
+    forgets as sequential LoRA does, since nothing in it protects old tasks.
 """
 
 from __future__ import annotations
