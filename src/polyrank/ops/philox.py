@@ -6,6 +6,7 @@ The generator is Philox-4x32-10 (Salmon et al., SC 2011), keyed and converted as
 """
 
 from importlib.util import find_spec
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def uniform(seed: Word, offset: Tensor) -> Tensor:
     """
     if isinstance(seed, Tensor):
         seed = seed.expand(offset.shape)
-    bits = philox((offset & _LOW, 0, 0, 0), (seed & _LOW, (seed >> 32) & _LOW))[0]
+    bits = cast("Tensor", philox((offset & _LOW, 0, 0, 0), (seed & _LOW, (seed >> 32) & _LOW))[0])
     # The word read as a signed number, folded to its non-negative half.
     return torch.where(bits > _HALF, _LOW - bits, bits).to(torch.float32) * _TO_UNIT
 

@@ -9,13 +9,16 @@ ranks that are on:
 and dh = u ⊙ g for all but "self". No gradient passes through the selection.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
 from polyrank.ops.rank_gate.epilogue import Epilogue
 from polyrank.ops.rank_gate.selection import largest_fast
 
-Kept = tuple[Tensor | None, ...]
+# Tensors, or None where a variant needs none.
+Kept = tuple[Any, ...]
 
 
 def _per_block(t: Tensor, block: int) -> Tensor:
@@ -84,9 +87,9 @@ def back(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients dh (T, r) and dz (T, r / block) or None; written into `out` where it is given."""
     if e.kind == "self":
-        return _back_self(u, h, g, kept, e), None
+        return _back_self(u, h, cast("Tensor", g), kept, e), None
     dh = weigh(u, g, e, out[0])
-    if e.kind != "linear":
+    if g is None or e.kind != "linear":
         return dh, None
     v, c, p, free = kept
     t = _per_block(u * q, e.block)

@@ -5,7 +5,7 @@ for backward: x, h and the router's weights of the ranks that are on; no copy of
 """
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class _Plan(NamedTuple):
     live_from: int
     dropout: float
     seed: Word
-    count: bool
+    counts: bool
     inplace: bool
     backward: bool
 
@@ -116,7 +116,7 @@ class _RankGate(torch.autograd.Function):
         x_hat = flat if keep is None else flat * keep
         on = ctx.finite = None
         if e.kind == "linear":
-            hz = _logits(x_hat, torch.cat([A, rows]), gain)
+            hz = _logits(x_hat, torch.cat([A, cast("Tensor", rows)]), gain)
             h, z = hz[:, :r], hz[:, r:]
             if hz.dtype != dtype:
                 h, z = h.to(dtype), z.contiguous()
@@ -139,7 +139,7 @@ class _RankGate(torch.autograd.Function):
         held = keep if x.is_cpu else None
         ctx.save_for_backward(x, A, rows, B, row_scale, A0, B0, delta, held, h, *kept)
         counts = None
-        if plan.count and on is not None:
+        if plan.counts and on is not None:
             counts = (on if mask is None else on * mask.reshape(-1, 1)).sum(0).long()
             counts = counts if e.block == 1 else counts.repeat_interleave(e.block)
             ctx.mark_non_differentiable(counts)
@@ -168,7 +168,8 @@ class _RankGate(torch.autograd.Function):
             if rows is None:
                 return u, closed.back(u, h, g, q, kept, e)[0].to(dtype)
             if dtype != wide or torch.compiler.is_compiling():
-                return u, torch.cat(closed.back(u, h, g, q, kept, e), dim=1).to(dtype)
+                dh, dz = closed.back(u, h, g, q, kept, e)
+                return u, torch.cat([dh, cast("Tensor", dz)], dim=1).to(dtype)
             d = u.new_empty(u.shape[0], r + rows.shape[0])
             closed.back(u, h, g, q, kept, e, out=(d[:, :r], d[:, r:]))
             return u, d
@@ -212,7 +213,7 @@ def _writable(y: Tensor, inplace: bool) -> Tensor | None:
     if not y._is_view():
         return y
     # nn.Linear gives a view of a (T, d_out) product; overwriting the view copies gradients thrice.
-    base = y._base
+    base = cast("Tensor", y._base)
     whole = base.numel() == y.numel() and base.is_contiguous() and not base.is_leaf
     return base if whole and base.shape[-1] == y.shape[-1] else None
 

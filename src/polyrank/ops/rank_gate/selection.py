@@ -54,7 +54,8 @@ def watch_finite(z: Tensor) -> Callable[[], None] | None:
         NonFiniteError: On a CPU at once, on a GPU from the call.
     """
     if not z.is_cuda or _silent(z):
-        return check_finite(z)
+        check_finite(z)
+        return None
     finite = z.isfinite().all().to("cpu", non_blocking=True)
     copied = torch.cuda.current_stream(z.device).record_event()
 
