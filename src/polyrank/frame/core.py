@@ -86,6 +86,19 @@ class Core(nn.Module):
         Called under no_grad, with no parameter on meta.
         """
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Core:
+        # model.bfloat16() must not round what counts in steps of 1e-5: gates and statistics.
+        exact = {id(p) for n, p in self.named_parameters() if n in self.frozen | self.gates}
+        half = (torch.bfloat16, torch.float16)
+
+        def moved(t: Tensor) -> Tensor:
+            found = fn(t)
+            keep = id(t) in exact and t.dtype not in half and found.dtype in half
+            return found.to(t.dtype).copy_(t.detach()) if keep else found
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def trained(self) -> list[nn.Parameter]:
         """Return the parameters that may train, by identity."""
         return [p for name, p in self.named_parameters() if name not in self.frozen]

@@ -13,6 +13,11 @@ from polyrank.frame import Block, Flow, Head, Method, Site
 from polyrank.layers.compat import BaseTunerLayer
 
 
+# Where a block's host hangs. Without the prefix of PEFT's type: transformers' load_adapter puts the
+# adapter's name behind the first component that has it, and the host's ModuleDict comes after.
+NAME = "side_block"
+
+
 class _Host(nn.Module, BaseTunerLayer):
     """Shared by hosts: one ModuleDict of owned modules, trained as far as roles allow."""
 
@@ -185,7 +190,7 @@ class BlockForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active block around the module's own forward."""
-        host = cast("BlockHost", self.module.polyrank_block)
+        host = cast("BlockHost", self.module.get_submodule(NAME))
         x, args, kwargs = _first(self.module, args, kwargs)
 
         def base(value: Tensor) -> Any:
@@ -226,11 +231,10 @@ def attach_block(
 ) -> None:
     """Put a block at its add point inside the transformer block `inside`."""
     module = inside.get_submodule(block.add)
-    host = getattr(module, "polyrank_block", None)
-    if host is None:
-        host = BlockHost(site, flow)
-        module.add_module("polyrank_block", host)
+    if NAME not in module._modules:
+        module.add_module(NAME, BlockHost(site, flow))
         module.forward = BlockForward(module)
+    host = cast("BlockHost", module._modules[NAME])
     at = inside.get_submodule(block.tap)
     if block.tap != block.add and not any(
         isinstance(hook, Tap) and hook.host is host for hook in at._forward_pre_hooks.values()
@@ -249,6 +253,6 @@ def detach_blocks(model: nn.Module) -> None:
             if isinstance(hook, Tap):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-        if isinstance(module._modules.get("polyrank_block"), BlockHost):
-            del module._modules["polyrank_block"]
+        if isinstance(module._modules.get(NAME), BlockHost):
+            del module._modules[NAME]
             del module.forward
