@@ -78,12 +78,17 @@ def rank_gate(
     if problems:
         raise ConfigError(problems)
     inputs = (y, x, A, rows, B, epilogue, scale, live_from, shadow, row_scale, dropout, seed, mask)
-    path = os.environ.get("POLYRANK_OPS", "auto")
-    if path in ("auto", "eager"):
+    if _path() == "eager":
         return eager.rank_gate(*inputs, count=count, inplace=inplace)
-    if path == "naive":
-        with torch.autocast(x.device.type, enabled=False):
-            return naive.rank_gate(*inputs, count=count)
+    with torch.autocast(x.device.type, enabled=False):
+        return naive.rank_gate(*inputs, count=count)
+
+
+def _path() -> str:
+    """The path that `POLYRANK_OPS` asks for."""
+    path = os.environ.get("POLYRANK_OPS", "auto")
+    if path in ("auto", "eager", "naive"):
+        return "naive" if path == "naive" else "eager"
     if path == "triton":
         raise ConfigError(
             "POLYRANK_OPS: got 'triton', but rank_gate has no kernel in this version; "
