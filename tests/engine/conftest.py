@@ -41,6 +41,7 @@ class Recorder(Rule):
 
     def after(self, step):
         self.calls.append(("after", step.index))
+        self.last = step
 
     def state(self):
         return {"calls": len(self.calls), "norms": torch.tensor(self.norms)}

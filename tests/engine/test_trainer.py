@@ -10,7 +10,7 @@ from transformers import Trainer as PlainTrainer
 from transformers import TrainerCallback
 
 import polyrank as pr
-from polyrank.frame import Rule
+from polyrank.frame import Rule, Step
 from polyrank.testing import assert_close
 
 METHODS = {
@@ -123,11 +123,16 @@ def test_rules_run_once_per_update_on_gradients_not_yet_clipped(
         strategies=[tools.toy(late, recorder)],
         max_grad_norm=clip,
         gradient_accumulation_steps=accumulation,
+        seed=7,
     )
+    trainer.task_index, trainer.phase_name = 2, "second"
     trainer.train()
     updates = 3 // accumulation
     wanted = [(what, i) for i in range(updates) for what in ("begin", "grads", "after")]
     assert recorder.calls == late.calls == wanted
+    assert recorder.last == Step(
+        index=updates - 1, total=updates, lr=1e-2, peak=1e-2, task=2, phase="second", seed=7
+    )
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert_close(recorder.norms, [float(norm) for norm in logged], dtype=torch.float32)
     assert min(recorder.norms) > 1e-3, "nothing would have been clipped"

@@ -48,7 +48,7 @@ class Attachment:
         self.total, self.accumulation, self.scaler = total, accumulation, scaler
         self.task, self.phase, self.seed = task, phase, seed
         self.index, self.peak = 0, 0.0
-        self.begun = self.graded = self.busy = False
+        self.begun = self.graded = False
         rules: list[Rule] = [*adapter.method.all_rules()]
         for strategy in strategies:
             rules += strategy.all_rules()
@@ -123,8 +123,6 @@ class Attachment:
         Every training forward calls it, unless it is compiled: then call it before the forward in
         one's own loop. An update that a loss scaler skipped is begun again under the same index.
         """
-        if self.busy:
-            return
         scale: float | Tensor = 1.0
         if self.scaler is not None:
             # On the device: asking for the number would wait for all work before.
@@ -149,13 +147,9 @@ class Attachment:
         before the optimiser's step. Returns whether there was any such rule.
         """
         if not self.graded:
-            # A rule may run the model on other data; that is no new update.
-            self.busy = True
-            try:
-                for rule in self.rules:
-                    rule.grads(self.step())
-            finally:
-                self.busy = False
+            for rule in self.rules:
+                rule.grads(self.step())
+            # Only now: a rule may run the model on other data, which is no new update.
             self.graded = True
         return self.works_on_gradients()
 
