@@ -74,9 +74,8 @@ def rank_gate(
         NonFiniteError: Router logits that are not finite; on a GPU the backward of a training step
             raises it, and a compiled graph gives NaN instead.
     """
-    problems = _problems(y, x, A, rows, B, epilogue, live_from, shadow, row_scale, dropout, mask)
-    if problems:
-        raise ConfigError(problems)
+    if found := _problems(y, x, A, rows, B, epilogue, live_from, shadow, row_scale, dropout, mask):
+        raise ConfigError(found)
     inputs = (y, x, A, rows, B, epilogue, scale, live_from, shadow, row_scale, dropout, seed, mask)
     if _path() == "eager":
         return eager.rank_gate(*inputs, count=count, inplace=inplace)
