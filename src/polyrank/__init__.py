@@ -64,42 +64,49 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _AfterPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Registers polyrank's adapter type once PEFT is imported, so that either order works."""
+class _AfterPeft(importlib.abc.MetaPathFinder):
+    """Registers polyrank's adapter type once PEFT is imported, so that either order works.
 
-    def __init__(self) -> None:
-        self.spec: importlib.machinery.ModuleSpec | None = None
+    It stays until then: transformers looks whether PEFT could be found long before it imports it.
+    """
+
+    looking = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != "peft" or self.spec is not None:
+        if name != "peft" or self.looking:
             return None
-        sys.meta_path.remove(self)
-        self.spec = importlib.util.find_spec("peft")
-        if self.spec is None or self.spec.loader is None:
-            sys.meta_path.insert(0, self)
-            self.spec = None
-            return None
-        return importlib.util.spec_from_file_location(
-            name,
-            self.spec.origin,
-            loader=self,
-            submodule_search_locations=self.spec.submodule_search_locations,
-        )
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec("peft")
+        finally:
+            self.looking = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Registering(self, spec.loader)
+        return spec
+
+
+class _Registering(importlib.abc.Loader):
+    """PEFT's own loader, and what comes after it."""
+
+    def __init__(self, finder: _AfterPeft, loader: importlib.abc.Loader) -> None:
+        self.finder, self.loader = finder, loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader().create_module(spec)
+        return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self._loader().exec_module(module)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
         importlib.import_module("polyrank.layers")
-
-    def _loader(self) -> importlib.abc.Loader:
-        # Only the spec that `find_spec` made asks, and that has one.
-        assert self.spec is not None
-        assert self.spec.loader is not None
-        return self.spec.loader
 
 
 if "peft" in sys.modules:
