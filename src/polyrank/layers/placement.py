@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from polyrank.errors import CheckpointError, ConfigError, nearest
 from polyrank.frame import Block, Method, Site, keyed
 from polyrank.layers.compat import in_out_features
 from polyrank.layers.config import PolyrankConfig
+from polyrank.layers.hosts import NAME as HOST
 from polyrank.layers.hosts import BlockHost, HeadHost
 from polyrank.layers.linear import AdaptedLinear
 
@@ -96,8 +97,24 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
             f"adapter name: {name!r} is also the name of a module or attribute, and saving would "
             f"drop tensors; rename the adapter"
         )
-    elif name in PREFIX:
+    elif name in PREFIX or name.startswith(PREFIX):
         yield f"adapter name: {name!r} is part of the prefix {PREFIX!r}; rename the adapter"
+
+
+def clashes(model: nn.Module, names: Iterable[str], blocks: Iterable[nn.Module]) -> Iterator[str]:
+    """Say which adapter names are also names inside of adapters: saving would drop tensors."""
+    inside = [*blocks]
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            for held in (*module.adapter_layer_names, *module.other_param_names):
+                inside += getattr(module, held).values()
+    parts = {part for held in inside for key in held.state_dict() for part in key.split(".")}
+    for name in names:
+        if name in parts | {"base_layer", HOST}:
+            yield (
+                f"adapter name: {name!r} is also the name of a part of an adapter, and saving "
+                "would drop tensors; rename the adapter"
+            )
 
 
 def width_of(module: nn.Module) -> int | None:

@@ -27,6 +27,7 @@ from polyrank.layers.linear import AdaptedLinear
 from polyrank.layers.placement import (
     PREFIX,
     check_tensors,
+    clashes,
     depths_of,
     head_problems,
     make_blocks,
@@ -83,6 +84,9 @@ class PolyrankModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
+            made = [block for _, _, block in blocks]
+            if problems := [*clashes(model, self.peft_config, made)]:
+                raise ConfigError(problems)
         except Exception as error:
             self._undo(model, adapter_name, before)
             if isinstance(error, NoMatch):
