@@ -276,6 +276,13 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     # --- merging ---------------------------------------------------------------------------------
 
+    def fresh_output(self) -> bool:
+        """Say whether nobody but this layer can hold the base layer's output.
+
+        A quantised layer may need its output in backward, and a hook may have kept it.
+        """
+        return type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
+
     def base_bias(self) -> Tensor | None:
         """Return the base layer's bias, or None."""
         return cast("Tensor | None", getattr(self.get_base_layer(), "bias", None))
