@@ -48,6 +48,7 @@ def test_a_sound_stream_and_its_description():
     assert described["seed"] == 3
     assert described["tasks"][1] == {
         "name": "t1",
+        "kind": None,
         "labels": ["c2", "c3", "c4"],
         "classes": [2, 3, 4],
         "metric": "accuracy",
@@ -341,12 +342,14 @@ def test_the_order_of_a_seed_is_numpys_legacy_permutation():
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("digit", {}, "got 'digit', expected one of: digits; did you mean 'digits'?"),
-        ("zzz", {}, "choose one"),
-        ("tasks.yaml", {}, r"got the path 'tasks.yaml', but this version reads no files; use one"),
-        (Path("data"), {}, "built-in streams .digits., or build"),
-        ("runs/a", {}, "reads no files"),
+        ("digit", {}, "got 'digit', expected a file or one of: digits, .*did you mean 'digits'?"),
+        ("qqqq", {}, "choose one"),
+        ("tasks.yaml", {}, r"the file 'tasks.yaml' does not exist; correct the path"),
+        (Path("data"), {}, "got the path 'data', expected a YAML file that describes the stream"),
+        ("rows.csv", {}, "name the data in one"),
+        ("runs/a", {}, "expected a YAML file"),
         (7, {}, "got int, expected a name"),
+        ("trace", {"rot": "x"}, "unknown option 'rot'.*did you mean 'root'"),
         ("digits", {"sed": 1, "x": 2}, r"unknown option 'sed'.*did you mean 'seed'[\s\S]*'x'"),
     ],
 )
@@ -359,7 +362,8 @@ def test_the_registry_builds_and_passes_through():
     made = streams.stream("digits", seed=5)
     assert made.seed == 5
     assert streams.stream(made) is made
-    assert streams.names() == ["digits"]
+    assert streams.names()[0] == "digits"
+    assert len(streams.names()) == len(set(streams.names())) == 7
     with pytest.raises(StreamError, match="built already"):
         streams.stream(made, seed=1)
 

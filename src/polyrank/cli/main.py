@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from polyrank.cli import doctor, methods, new_method, report, run
+from polyrank.cli import doctor, methods, new_method, report, run, streams
 from polyrank.cli.values import spread
 from polyrank.errors import ConfigError, PolyrankError
 
@@ -40,11 +40,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command("run", help=run.HELP)(run.command)
-app.command("methods", help=methods.HELP)(methods.command)
-app.command("report", help=report.HELP)(report.command)
-app.command("new-method", help=new_method.HELP)(new_method.command)
-app.command("doctor", help=doctor.HELP)(doctor.command)
+for module in (run, methods, streams, report, new_method, doctor):
+    word = module.__name__.rpartition(".")[2].replace("_", "-")
+    app.command(word, help=module.HELP)(module.command)
 
 
 def quiet() -> None:
@@ -52,9 +50,8 @@ def quiet() -> None:
     for name in NOISE:
         logging.getLogger(name).addFilter(_errors_only)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
-    warnings.filterwarnings(
-        "ignore", category=UserWarning, module=r"(torch|torchao|bitsandbytes)\."
-    )
+    libraries = r"(torch|torchao|bitsandbytes)\."
+    warnings.filterwarnings("ignore", category=UserWarning, module=libraries)
 
 
 def _errors_only(record: logging.LogRecord) -> bool:

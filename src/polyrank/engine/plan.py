@@ -87,6 +87,7 @@ class Plan:
                 f"stream: {stream.name!r} is {stream.scenario}; "
                 "class-incremental streams can be run"
             )
+        yield from _unfit(stream)
         offers = {"class_names"}
         if stream.visible.task_id_train and stream.visible.task_id_test:
             offers.add("task_id")
@@ -137,3 +138,19 @@ class Plan:
             "seed": self.seed,
             "train": asdict(self.settings),
         }
+
+
+def _unfit(stream: Stream) -> Iterator[str]:
+    """Yield what says that rows are not what models get here: "pixel_values", ready-made."""
+    odd: dict[str, list[str]] = {}
+    for task in stream:
+        rows: Any = task.data.get("train")
+        # A row of an online stream may be read once, and this look is none of its readings.
+        rows = getattr(rows, "inner", rows)
+        if rows is not None and "pixel_values" not in rows[0]:
+            odd.setdefault(task.kind or "unknown", []).append(task.name)
+    for kind, names in odd.items():
+        yield (
+            f"stream: {stream.name!r} has tasks of kind {kind} ({', '.join(names)}), whose rows "
+            "are text or stored images; rows with pixel_values can be run, as those of digits"
+        )

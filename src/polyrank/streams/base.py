@@ -22,6 +22,7 @@ class Task:
     Args:
         index: Position in the stream, from 0.
         name: Short name for tables, unique in the stream.
+        kind: What kind of task it is, one of `kinds.KINDS`; None if that is not known.
         labels: Name of each class, in the order of `classes`; empty for text.
         classes: Class numbers in the order in which the stream shows them first: a head that has
             grown to n classes has exactly the rows 0..n-1. Empty for text.
@@ -40,6 +41,7 @@ class Task:
     metric: str = "accuracy"
     prompt: str | None = None
     domain: str | None = None
+    kind: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(self.labels))
@@ -57,6 +59,7 @@ class Task:
         """Everything but the rows, for run.json and results.json."""
         return {
             "name": self.name,
+            "kind": self.kind,
             "labels": list(self.labels),
             "classes": list(self.classes),
             "metric": self.metric,

@@ -1,32 +1,37 @@
-"""Streams by name."""
+"""Streams by name, or from a file."""
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from polyrank.errors import StreamError, nearest
 from polyrank.streams.base import Stream
 from polyrank.streams.digits import digits
+from polyrank.streams.ready import ready
 
 _STREAMS: dict[str, Callable[..., Stream]] = {"digits": digits}
 _FILES = (".yaml", ".yml", ".json", ".jsonl", ".csv", ".parquet", ".txt")
+_OPTIONS = ("seed", "order", "root")
 
 
 def names() -> list[str]:
-    """The streams that `stream` knows by name."""
-    return sorted(_STREAMS)
+    """The streams that `stream` knows by name: built-in ones first, then ready definitions."""
+    return [*sorted(_STREAMS), *sorted(ready())]
 
 
 def stream(source: str | os.PathLike[str] | Stream, /, **options: Any) -> Stream:
-    """A stream by its name, or the stream itself if it is one already.
+    """A stream by its name or from its file, or the stream itself if it is one already.
 
     Args:
-        source: A name of `names()` or a `Stream`.
-        **options: Of the named stream, for example `seed=1`.
+        source: A name of `names()`, the path of a YAML file as `file` describes it, or a `Stream`.
+        **options: Of the named stream, for example `seed=1`. For a file or a ready definition
+            `seed`, used where the file names none; `order`, one of its orders or names of tasks;
+            `root`, a folder that holds copies of its data sets.
 
     Raises:
-        StreamError: on an unknown name or option, or on a path.
+        StreamError: listing every fault.
     """
     known = ", ".join(names())
     if isinstance(source, Stream):
@@ -36,21 +41,50 @@ def stream(source: str | os.PathLike[str] | Stream, /, **options: Any) -> Stream
                 "built already, expected none; build it with them"
             )
         return source
-    if isinstance(source, os.PathLike) or (isinstance(source, str) and _is_path(source)):
+    if not isinstance(source, str | os.PathLike):
         raise StreamError(
-            f"stream: got the path {os.fspath(source)!r}, but this version reads no files; use one "
-            f"of the built-in streams ({known}), or build a polyrank.streams.Stream in Python"
-        )
-    if not isinstance(source, str):
-        raise StreamError(
-            f"stream: got {type(source).__name__}, expected a name ({known}) or a Stream; "
+            f"stream: got {type(source).__name__}, expected a name ({known}), a file or a Stream; "
             "build one with polyrank.streams.Stream"
         )
-    if source not in _STREAMS:
-        hint = nearest(source, _STREAMS) or " choose one"
-        raise StreamError(f"stream: got {source!r}, expected one of: {known};{hint}")
-    make = _STREAMS[source]
-    accepted = list(inspect.signature(make).parameters)
+    word = os.fspath(source)
+    if word in _STREAMS:
+        make = _STREAMS[word]
+        _check(word, options, inspect.signature(make).parameters)
+        return make(**options)
+    if word in ready() or isinstance(source, os.PathLike) or _is_path(word):
+        return _from_file(word, options)
+    hint = nearest(word, names()) or " choose one"
+    raise StreamError(f"stream: got {word!r}, expected a file or one of: {known};{hint}")
+
+
+def _from_file(source: str, options: dict[str, Any]) -> Stream:
+    # A built-in stream needs neither pydantic nor PyYAML.
+    from polyrank.streams.file import Definition
+
+    if source not in ready() and Path(source).suffix.lower() not in (".yaml", ".yml"):
+        raise StreamError(
+            f"stream: got the path {source!r}, expected a YAML file that describes the stream; "
+            "name the data in one, `polyrank streams --help` shows how"
+        )
+    definition = Definition.open(source, options.get("root"))
+    inner = definition.spec.use
+    if inner is None or definition.faults.lines:
+        _check(source, options, _OPTIONS)
+        return definition.stream(options.get("seed"), options.get("order"))
+    own = definition.used
+    seed = definition.spec.seed if definition.spec.seed is not None else options.pop("seed", None)
+    _check(source, options, ("seed",))
+    if inner not in names():
+        hint = nearest(inner, names()) or " choose one"
+        raise StreamError(
+            f"{definition.path.name}: use: got {inner!r}, expected one of {', '.join(names())};"
+            f"{hint}"
+        )
+    return stream(inner, **({} if seed is None else {"seed": seed}), **own)
+
+
+def _check(source: str, options: dict[str, Any], accepted: Iterable[str]) -> None:
+    accepted = list(accepted)
     unknown = [
         f"stream {source!r}: unknown option {key!r}, expected one of {', '.join(accepted)};"
         f"{nearest(key, accepted) or ' leave it out'}"
@@ -59,7 +93,6 @@ def stream(source: str | os.PathLike[str] | Stream, /, **options: Any) -> Stream
     ]
     if unknown:
         raise StreamError(unknown)
-    return make(**options)
 
 
 def _is_path(source: str) -> bool:

@@ -42,6 +42,8 @@ SCENARIOS: Mapping[str, Scenario] = MappingProxyType(
         ),
         "online": Scenario(classes="disjoint", passes=1),
         "blurry": Scenario(classes="overlap"),
+        # Tasks of several domains, whose classes all compete and may have names in common (X-TAIL).
+        "cross-domain": Scenario(classes="any"),
         "pretraining": Scenario(classes="any"),
         "unlearning": Scenario(classes="any"),
         "text": Scenario(classes="any"),
