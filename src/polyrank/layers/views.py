@@ -148,7 +148,7 @@ class View(Layer):
             count = core.counting and flow.live(core.training)
             y, counts = rank_gate(
                 y, x, A, core.rows(), B, core.fused(), self.scale, live_from, self.shadow,
-                self.row_scale, dropout, seed, mask, count=count, inplace=self.module.fresh_output(),
+                self.row_scale, dropout, seed, mask, count=count,
             )  # fmt: skip
             if counts is not None:
                 core.count(counts)
