@@ -255,6 +255,23 @@ def test_inplace_gives_the_same_in_the_memory_of_y(make, name, lead, bias, train
         assert a is b is None or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("lead", [(12,), (3, 4)], ids=str)
+def test_inplace_in_the_first_layer_whose_input_needs_no_gradient(make, name, lead):
+    base = nn.Linear(13, 11, dtype=torch.float64).requires_grad_(False)
+    case = make(name, lead=lead)
+    case = case.with_(x=case.x.detach())
+    leaves = [t for n, t in case.tensors().items() if t.requires_grad and n not in ("x", "y")]
+    results = []
+    for inplace in (False, True):
+        y = base(case.x)
+        assert not y.requires_grad
+        out, counts = case.with_(y=y).call(rank_gate, count=True, inplace=inplace)
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        results.append((out, counts, *grads))
+    for a, b in zip(*results, strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
 def test_inplace_without_gradients(make, name):
     case = make(name, lead=(2, 6))
     base = nn.Linear(13, 11, dtype=torch.float64)

@@ -206,15 +206,17 @@ def _writable(y: Tensor, inplace: bool) -> Tensor | None:
     """The tensor of y's elements to overwrite; None where autograd forbids it or it costs more."""
     if not inplace or torch.compiler.is_compiling() or not y.is_contiguous():
         return None
-    if not (torch.is_grad_enabled() and y.requires_grad):
+    if not torch.is_grad_enabled():
         return y
-    if y.is_leaf:
+    if y.requires_grad and y.is_leaf:
         return None
     if not y._is_view():
         return y
-    # nn.Linear gives a view of a (T, d_out) product; overwriting the view copies gradients thrice.
+    # nn.Linear gives a view of a (T, d_out) product; overwriting the view copies gradients thrice,
+    # and autograd forbids it to a function with two outputs, whether y requires a gradient or not.
     base = cast("Tensor", y._base)
-    whole = base.numel() == y.numel() and base.is_contiguous() and not base.is_leaf
+    whole = base.numel() == y.numel() and base.is_contiguous()
+    whole = whole and not (base.requires_grad and base.is_leaf)
     return base if whole and base.shape[-1] == y.shape[-1] else None
 
 
