@@ -285,11 +285,12 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step >= self.after
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("method", ["smora", "smora-dropout", "lora+"])
+@pytest.mark.parametrize(
+    ("method", "accumulation"), [("smora", 1), ("smora-dropout", 2), ("lora+", 1)]
+)
 def test_resumed_equals_uninterrupted_bit_for_bit(tools, tmp_path, method, accumulation):
     name, options = METHODS[method]
-    rows, weight = tools.rows(12), 0.01
+    rows, weight = tools.rows(8), 0.01
     shared = {
         "train_sampling_strategy": "random",
         "gradient_accumulation_steps": accumulation,
@@ -320,7 +321,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tools, tmp_path, method, accum
     assert (checkpoint / "polyrank_rules.json").is_file()
     resumed, trainer, recorder = one(tmp_path / "cut", resume=str(checkpoint))
     same(tools.trained(resumed), tools.trained(whole))
-    assert trainer.attachment.index == trainer.state.global_step == 12 // accumulation
+    assert trainer.attachment.index == trainer.state.global_step == 8 // accumulation
     assert recorder.restored["calls"] == 6
     assert len(recorder.restored["norms"]) == 2
     assert recorder.calls[0] == ("begin", 2)
