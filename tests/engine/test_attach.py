@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import polyrank as pr
 from polyrank.frame import PenaltyRule, inject
@@ -55,6 +56,35 @@ def test_begin_grads_after_in_order_once_per_update(tools, called, accumulation)
     attachment.detach()
     per_update = [(what, i) for i in range(2) for what in ("begin", "grads", "after")]
     assert told == [call for call in per_update for _ in range(2)]
+
+
+def test_a_loop_on_accelerate_equals_a_plain_one(tools):
+    rows = tools.rows(8)
+    plain, theirs = tools.adapted("smora"), tools.adapted("smora")
+    losses, _ = tools.loop(plain, rows, accumulation=2)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer = accelerator.prepare(theirs, adamw(theirs, fused=True))
+    rule = tools.Recorder()
+    attachment = pr.attach(optimizer, model, strategies=[tools.toy(rule)], accumulation=2)
+    model.train()
+    batches = tools.chunks(rows, 2)
+    counts = [
+        sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches[i : i + 2]) for i in (0, 2)
+    ]
+    found = []
+    for index, batch in enumerate(batches):
+        with accelerator.accumulate(model):
+            loss = model(**batch, num_items_in_batch=torch.tensor(counts[index // 2])).loss
+            # accelerate divides by the micro-batches, which the count of tokens did already.
+            accelerator.backward(loss * 2)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    attachment.detach()
+    assert_close([found[0] + found[1], found[2] + found[3]], losses, dtype=torch.float32)
+    assert rule.calls == [(what, i) for i in range(2) for what in ("begin", "grads", "after")]
+    for key, value in tools.trained(theirs).items():
+        assert torch.equal(value, tools.trained(plain)[key]), key
 
 
 def test_nothing_runs_in_evaluation_nor_after_detach(tools):

@@ -263,6 +263,39 @@ def test_own_optimiser_with_wrong_groups_is_refused(tools, tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor", "rmsprop"])
+def test_every_optimiser_gets_the_groups_of_the_method(tools, tmp_path, optim):
+    model, rows = tools.adapted("lora", lr_ratio=16.0), tools.rows(4)
+    trainer = make(
+        tools, model, rows, tmp_path, optim=optim, learning_rate=1e-3, lr_scheduler_type="linear"
+    )
+    optimizer = trainer.create_optimizer()
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 16e-3]
+    before = tools.trained(model)
+    trainer.train()
+    assert trainer.attachment.index == 2
+    moved = [
+        key for key, value in tools.trained(model).items() if not torch.equal(value, before[key])
+    ]
+    assert len(moved) == len(before)
+
+
+def test_one_process_with_two_devices_is_refused(tools, tmp_path):
+    arguments = tools.arguments(tmp_path)
+    arguments._n_gpu = 2
+    with pytest.raises(pr.ConfigError, match="torchrun"):
+        pr.Trainer(tools.adapted("lora"), arguments, train_dataset=tools.rows(2))
+
+
+def test_sharded_weights_are_refused_for_methods_with_rules_only(tools, tmp_path, monkeypatch):
+    monkeypatch.setattr(pr.TrainerMixin, "_kind", lambda self: "DEEPSPEED")
+    with pytest.raises(pr.ConfigError, match=r"DEEPSPEED hides or shards.*use DDP"):
+        make(tools, tools.adapted("smora"), tools.rows(2), tmp_path)
+    trainer = make(tools, tools.adapted("lora"), tools.rows(2), tmp_path)
+    trainer.create_optimizer()
+    assert trainer.attachment is None
+
+
 class Crash(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         raise RuntimeError("power cut")
