@@ -35,6 +35,7 @@ class Flow:
         ambient: the condition of forwards that bring none of their own.
         lane: (batch,) int64, index into `lanes` of each sample's adapter; -1 is the base model.
         lanes: adapter names that `lane` refers to.
+        beams: how many copies of each sample `lane` counts.
         view: ``""`` live, ``"base"`` without adapters, else the name of a replica; never touches
             requires_grad.
         aux: factor of losses injected in backward: 1/accumulation steps times the loss scale.
@@ -53,6 +54,7 @@ class Flow:
     ambient: Tensor | None = None
     lane: Tensor | None = None
     lanes: tuple[str, ...] = ()
+    beams: int = 1
     view: str = ""
     aux: float | Tensor = 1.0
     draw: Tensor = field(default_factory=_zero)

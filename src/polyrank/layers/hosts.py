@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from polyrank.frame import Block, Flow, Head, Method, Site
 from polyrank.layers.compat import BaseTunerLayer
 
-
 # Where a block's host hangs. Without the prefix of PEFT's type: transformers' load_adapter puts the
 # adapter's name behind the first component that has it, and the host's ModuleDict comes after.
 NAME = "side_block"

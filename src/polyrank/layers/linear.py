@@ -258,6 +258,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def _lanes(self, y: Tensor, x: Tensor, flow: Flow) -> Tensor:
         lane = cast("Tensor", flow.lane)
+        if len(x) * flow.beams == len(lane):
+            # An encoder sees each sample once, whatever the number of beams.
+            lane = lane[:: flow.beams]
         if len(x) != len(lane):
             if x.dim() != 2 or len(x) % len(lane):
                 # The wording is what users of PEFT's mixed batches search for.
@@ -265,6 +268,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
                     "Length of `adapter_names` should be the same as the number of inputs, but got "
                     f"{len(lane)} and {len(x)} respectively."
                 )
+            # Tokens in one row after the other, as some models flatten them.
             lane = lane.repeat_interleave(len(x) // len(lane))
         for index, name in enumerate(flow.lanes):
             if name in self.views:
@@ -275,13 +279,6 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return y
 
     # --- merging ---------------------------------------------------------------------------------
-
-    def fresh_output(self) -> bool:
-        """Say whether nobody but this layer can hold the base layer's output.
-
-        A quantised layer may need its output in backward, and a hook may have kept it.
-        """
-        return type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
 
     def base_bias(self) -> Tensor | None:
         """Return the base layer's bias, or None."""

@@ -14,7 +14,6 @@ from polyrank.errors import ConfigError, MergeError
 from polyrank.frame import Head, Site, keyed
 from polyrank.layers.compat import (
     TARGETS,
-    AuxiliaryTrainingWrapper,
     BaseTuner,
     NoMatch,
     get_pattern_key,
@@ -23,6 +22,7 @@ from polyrank.layers.compat import (
 from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.heads import LinearHead
 from polyrank.layers.hosts import BlockHost, HeadHost, attach_block, detach_blocks
+from polyrank.layers.lanes import mixed
 from polyrank.layers.linear import AdaptedLinear
 from polyrank.layers.placement import (
     PREFIX,
@@ -38,8 +38,6 @@ from polyrank.layers.placement import (
     width_of,
 )
 from polyrank.layers.root import ensure_flow, hook_of, remove_flow
-
-BASE = "__base__"
 
 
 class PolyrankModel(BaseTuner):
@@ -244,41 +242,8 @@ class PolyrankModel(BaseTuner):
         if names is None:
             yield
             return
-        self._check_lanes(names)
-        beams = kwargs.get("num_beams") or 1
-        spread = [name for name in names for _ in range(beams)]
-        lanes = tuple(sorted(set(spread) - {BASE}))
-        lane = torch.tensor([lanes.index(name) if name != BASE else -1 for name in spread])
-        handles = [
-            module.register_forward_pre_hook(_NamesHook(spread), with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
-        ]
-        device = next(self.model.parameters()).device
-        try:
-            with self.flow.put(lane=lane.to(device), lanes=lanes):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _check_lanes(self, names: list[str]) -> None:
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = {n for m in self.modules() if isinstance(m, AdaptedLinear) for n in m.views}
-        known |= {
-            n
-            for m in self.modules()
-            if isinstance(m, AuxiliaryTrainingWrapper)
-            for n in m._adapters
-        }
-        if unknown := sorted(set(names) - known - {BASE}):
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        if any(m.merged for m in self.modules() if isinstance(m, AdaptedLinear)):
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call "
-                "`unmerge_adapter` first."
-            )
+        with mixed(self, self.flow, names, args, kwargs):
+            yield
 
     # --- merging, unloading ----------------------------------------------------------------------
 
@@ -382,13 +347,3 @@ class PolyrankModel(BaseTuner):
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_tensors(tensors_of(model, adapter_name), found)
         return found
-
-
-class _NamesHook:
-    """Hands the adapter of each sample to PEFT's wrappers of whole modules."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return args, {**kwargs, "adapter_names": self.names}
