@@ -74,7 +74,7 @@ def no_match(model: nn.Module, config: PolyrankConfig, said: str) -> str:
     words = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
     guesses = "".join(dict.fromkeys(nearest(word, linear) for word in words))
     return (
-        f"target_modules: got {wanted if isinstance(wanted, str) else words}, which matches no "
+        f"target_modules: got {(wanted if isinstance(wanted, str) else words)!r}, which matches no "
         f"layer;{guesses} this model's linear layers are called {', '.join(sorted(linear)[:12])}; "
         f'name some of them, or use "all-linear" ({said})'
     )
