@@ -186,6 +186,17 @@ def test_a_target_that_matches_nothing_is_answered_with_names_that_would(case):
     assert untouched(base, kinds)
 
 
+def test_a_single_name_that_matches_nothing_is_refused_too(case):
+    lora = case("lora", r=2)
+    base = lora.tiny.build()
+    kinds = [type(m) for m in base.modules()]
+    with pytest.raises(ConfigError) as caught:
+        pr.adapt(base, lora.method, target_modules=["q_proj", "vproj", "dow_proj"])
+    assert len(caught.value.problems) == 2
+    assert "'vproj' matches no layer; did you mean 'v_proj'? leave it out" in str(caught.value)
+    assert untouched(base, kinds)
+
+
 def test_everything_excluded_is_refused(case):
     lora = case("lora", r=2)
     with pytest.raises(ConfigError, match="matches no layer"):

@@ -63,21 +63,44 @@ def tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
     return found
 
 
-def no_match(model: nn.Module, config: PolyrankConfig, said: str) -> str:
-    """Say what targets could have been meant."""
-    linear = {
+def _called(model: nn.Module) -> set[str]:
+    """Return the last parts of the names of linear layers."""
+    return {
         path.rsplit(".", 1)[-1]
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    }
-    wanted = config.target_modules
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        and PREFIX not in path
+    } - {"base_layer"}
+
+
+def no_match(model: nn.Module, config: PolyrankConfig, said: str) -> str:
+    """Say what targets could have been meant."""
+    linear, wanted = _called(model), config.target_modules
     words = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
     guesses = "".join(dict.fromkeys(nearest(word, linear) for word in words))
     return (
         f"target_modules: got {(wanted if isinstance(wanted, str) else words)!r}, which matches no "
-        f"layer;{guesses} this model's linear layers are called {', '.join(sorted(linear)[:12])}; "
+        f"layer;{guesses} this model's linear layers are called "
+        f"{', '.join(sorted(linear)[:12])}; "
         f'name some of them, or use "all-linear" ({said})'
     )
+
+
+def target_problems(model: nn.Module, config: PolyrankConfig) -> Iterator[str]:
+    """Say which entries of a list of targets name no module, where others do."""
+    wanted = config.target_modules
+    if wanted is None or isinstance(wanted, str):
+        return
+    paths = [path for path, _ in model.named_modules()]
+    lost = {t for t in wanted if not any(p == t or p.endswith(f".{t}") for p in paths)}
+    if lost == set(wanted):
+        # PEFT's own check says so, with what it knows about blocks and exclusions.
+        return
+    for target in sorted(lost):
+        yield (
+            f"target_modules: {target!r} matches no layer;{nearest(target, _called(model))} leave "
+            f"it out, or name one of {', '.join(sorted(_called(model))[:12])}"
+        )
 
 
 def name_problems(model: nn.Module, name: str) -> Iterator[str]:

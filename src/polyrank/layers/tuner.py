@@ -34,6 +34,7 @@ from polyrank.layers.placement import (
     mask_of,
     name_problems,
     no_match,
+    target_problems,
     tensors_of,
     width_of,
 )
@@ -65,7 +66,10 @@ class PolyrankModel(BaseTuner):
                 adapted.
         """
         config = cast("PolyrankConfig", self.peft_config[adapter_name])
-        if problems := [*name_problems(model, adapter_name), *head_problems(model, config)]:
+        problems = [*name_problems(model, adapter_name), *head_problems(model, config)]
+        if state_dict is None:
+            problems += target_problems(model, config)
+        if problems:
             self.peft_config.pop(adapter_name, None)
             raise ConfigError(problems)
         self.flow = ensure_flow(model)
