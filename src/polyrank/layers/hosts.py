@@ -22,6 +22,7 @@ class _Host(nn.Module, BaseTunerLayer):
 
     held: str
     other_param_names = ()
+    cast_input_dtype_enabled = True
 
     def __init__(self) -> None:
         nn.Module.__init__(self)

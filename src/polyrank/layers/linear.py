@@ -32,6 +32,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     polyrank_replica: nn.ModuleDict
     adapter_layer_names = ("polyrank_A", "polyrank_B", "polyrank_core")
     other_param_names = ("polyrank_bank", "polyrank_shadow", "polyrank_replica")
+    # PEFT's helper switches it; there is no cast of the input here that it could switch off.
+    cast_input_dtype_enabled = True
 
     def __init__(self, base_layer: nn.Module, flow: Flow) -> None:
         nn.Module.__init__(self)
@@ -251,7 +253,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             if flow.view and not self.keeps(name, flow.view):
                 raise ConfigError(
                     f"view: got {flow.view!r}, but adapter {name!r} keeps no such replica; "
-                    'use "base" or make one with polyrank.replica(model, name)'
+                    'use "base" or make one with polyrank.layers.replica(model, name)'
                 )
             y = view.add(y, x, flow)
         return y

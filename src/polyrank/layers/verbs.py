@@ -30,6 +30,7 @@ def adapt(
     *,
     adapter_name: str = "default",
     head: str | dict[str, Any] | None = None,
+    autocast_adapter_dtype: bool = True,
     **options: Any,
 ) -> PeftModel:
     """Put an adapter into a model and return a `peft.PeftModel`.
@@ -41,6 +42,8 @@ def adapt(
         adapter_name: key of the adapter.
         head: module path of a classifier to replace by one that grows, or {"module": …, "names":
             […]}.
+        autocast_adapter_dtype: keep factors in fp32 over a base in half precision; False gives
+            them the base's dtype. Gates and statistics are fp32 in any case.
         **options: further fields of `PolyrankConfig`: rank_pattern, exclude_modules, seed …
 
     Raises:
@@ -66,7 +69,12 @@ def adapt(
         head={"module": head, "names": []} if isinstance(head, str) else head,
         **options,
     )
-    return get_peft_model(cast("Any", model), config, adapter_name=adapter_name)
+    return get_peft_model(
+        cast("Any", model),
+        config,
+        adapter_name=adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )
 
 
 def load(model: nn.Module, path: str | Path, **options: Any) -> PeftModel:
@@ -180,6 +188,20 @@ def merge(
     found = adapter_of(model)
     if approximate is None and condition is None:
         return cast("nn.Module", model.merge_and_unload())
+    merged = sorted({name for layer in found.layers for name in layer.module.merged_adapters})
+    others = sorted({name for layer in found.layers for name in layer.module.active_adapters})
+    if merged or others != [found.name]:
+        raise MergeError(
+            f"merge: {merged or 'nothing'} is merged already and {others} are active, but with a "
+            "condition or an approximation one adapter is merged; call unmerge_adapter() and "
+            "set_adapter(name) first"
+        )
+    uncovered = any(v.shadow is not None or v.core.base_gain() is not None for v in found.layers)
+    if approximate is not None and uncovered:
+        raise MergeError(
+            f"merge: adapter {found.name!r} has a shadow or a base gain, which a mean of gates "
+            "does not cover; keep it unmerged"
+        )
     if approximate is not None:
         deltas = _mean_deltas(model, found.layers, approximate)
     else:
