@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import random
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from polyrank.engine import base as bases
 from polyrank.engine.evaluate import scores
 from polyrank.engine.settings import Settings
 from polyrank.errors import ConfigError, InertError, RunError
-from polyrank.frame import Method, registry
+from polyrank.frame import Loss, Method, registry
 from polyrank.streams import stream
 
 FAST = Settings(epochs=2, lr=5e-3)
@@ -106,17 +107,69 @@ def test_the_same_seed_gives_the_same_bits(vit, ran, tmp_path):
 
 
 def test_a_run_leaves_base_and_global_randomness_alone(vit, tmp_path):
-    base = copy.deepcopy(vit)
+    base = copy.deepcopy(vit).train()
+    base.vit.eval()
+    modes = [module.training for module in base.modules()]
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
     engine.run(
         base,
         method=pr.method("lora", r=2),
         train=Settings(epochs=1),
         out=tmp_path / "a",
         references=("probe",),
+        progress=False,
     )
+    drawn = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert drawn == (random.random(), np.random.rand(), torch.rand(1))
+    assert [module.training for module in base.modules()] == modes
     assert base.state_dict().keys() == before.keys()
     assert all(torch.equal(base.state_dict()[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"method": "joint"}, "is no method"),
+        ({"strategies": ["lora"]}, "is no strategy"),
+        ({"target_modules": ["nope"]}, "nope"),
+    ],
+    ids=["strategy-as-method", "method-as-strategy", "targets"],
+)
+def test_what_does_not_fit_is_refused_before_a_folder(vit, tmp_path, given, says):
+    with pytest.raises(ConfigError, match=says):
+        engine.run(copy.deepcopy(vit), **{"method": "lora", **given}, out=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_slot_that_is_not_served_is_refused(vit, tmp_path, monkeypatch):
+    class Losing(Method):
+        name = "losing"
+
+        def losses(self):
+            return [Loss()]
+
+    class Wanting(Method):
+        name = "wanting"
+
+        def init(self):
+            init = super().init()
+            init.wants = frozenset({"weight_grad"})
+            return init
+
+    for cls, says in ((Losing, "losses"), (Wanting, "weight_grad")):
+        monkeypatch.setitem(registry._found, cls.name, cls)
+        with pytest.raises(ConfigError, match=says):
+            engine.run(copy.deepcopy(vit), method=cls(r=2), out=tmp_path / "a")
+    model = pr.adapt(copy.deepcopy(vit), Losing(r=2))
+    optimizer = torch.optim.SGD(pr.parameter_groups(model, lr=0.1))
+    with pytest.raises(ConfigError, match="losing"):
+        pr.attach(optimizer, model)
 
 
 def test_evaluation_draws_nothing(vit):
@@ -191,7 +244,7 @@ def test_a_method_that_does_nothing_is_found_out(vit, tmp_path, monkeypatch):
         trains = frozenset({"head"})
 
     monkeypatch.setitem(registry._found, "inert", Inert)
-    with pytest.raises(InertError, match="did nothing"):
+    with pytest.raises(InertError, match="stayed zero"):
         engine.run(
             copy.deepcopy(vit),
             method=Inert(r=2),

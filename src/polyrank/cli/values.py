@@ -48,16 +48,24 @@ def pairs(words: Iterable[str], flag: str) -> dict[str, Any]:
 
 
 def spread(arguments: Sequence[str]) -> list[str]:
-    """Repeat a flag before each of its values: `--set r=16 k=4` becomes `--set r=16 --set k=4`."""
+    """Repeat a flag before each of its values: `--set r=16 k=4` becomes `--set r=16 --set k=4`.
+
+    Raises:
+        ConfigError: if such a flag has no value.
+    """
     found: list[str] = []
-    flag = None
-    for word in arguments:
+    flag, used = None, True
+    for word in [*arguments, "-"]:
         if word.startswith("-"):
+            if not used:
+                raise ConfigError(f"{flag}: got no value, expected at least one; or leave it out")
             flag = word if word in MANY else None
-            if flag is None:
+            used = flag is None
+            if used:
                 found.append(word)
         elif flag is not None:
             found += [flag, word]
+            used = True
         else:
             found.append(word)
-    return found
+    return found[:-1]

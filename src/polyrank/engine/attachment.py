@@ -49,9 +49,13 @@ class Attachment:
         self.task, self.phase, self.seed = task, phase, seed
         self.index, self.peak = 0, 0.0
         self.begun = self.graded = False
-        rules: list[Rule] = [*adapter.method.all_rules()]
-        for strategy in strategies:
-            rules += strategy.all_rules()
+        entries = (adapter.method, *strategies)
+        rules: list[Rule] = [rule for entry in entries for rule in entry.all_rules()]
+        if lost := [entry.name for entry in entries if entry.losses()]:
+            raise ConfigError(
+                f"losses of {', '.join(lost)}: no trainer evaluates them yet, and leaving them out "
+                "would train something else; add them to your own objective"
+            )
         if problems := [*conflicts(rules), *self._mismatches(model)]:
             raise ConfigError(problems)
         self.rules = sorted(rules, key=lambda rule: (rule.order, rule.name))

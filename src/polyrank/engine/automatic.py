@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from polyrank.engine.attachment import Attachment, attach
 from polyrank.errors import InertError
 from polyrank.frame import PenaltyRule, Rule
+from polyrank.layers import adapter_of
 from polyrank.layers.root import HOOKS, FlowHook
 
 
@@ -43,7 +44,13 @@ class Automatic:
             old.detach()
         if name in hook.flow.attached:
             return
+        # Rules forget at the start what was counted before; here that belongs to this very update.
+        cores = [cast("Any", layer.core) for layer in adapter_of(model, name).layers]
+        counted = [getattr(core, "counts", None) for core in cores]
         attached = attach(optimizer, model, adapter=name, accumulation=self.accumulation)
+        for core, counts in zip(cores, counted, strict=True):
+            if counts is not None:
+                core.counts = counts
         early = [
             rule.name
             for rule in attached.rules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from polyrank.engine.progress import Bar, Watch
 from polyrank.engine.result import Result
 from polyrank.engine.settings import Settings
 from polyrank.engine.workshop import TaskWorkshop
-from polyrank.errors import InertError
+from polyrank.errors import ConfigError
 from polyrank.frame import Job, Method, Strategy, seed_of
 from polyrank.io.runs import RunFolder
 from polyrank.layers import adapt, adapter_of, gate_statistics, grow_head, has_gates
@@ -76,7 +77,20 @@ def run(
         InertError: if a method did nothing.
     """
     plan = Plan.build(stream, method, strategies, references, train, target_modules, seed)
+    with _untouched(base if isinstance(base, nn.Module) else None):
+        return _run(base, plan, out, overwrite, progress, command)
+
+
+def _run(
+    base: nn.Module | str | None,
+    plan: Plan,
+    out: str | Path | None,
+    overwrite: bool,
+    progress: bool | None,
+    command: Sequence[str] | None,
+) -> Result:
     model, about = _base(base, plan.stream)
+    _try(copy.deepcopy(model) if model is not None else bases.small_vit(2), plan)
     folder = RunFolder.create(
         _free(f"{plan.stream.name}-{plan.method.name}") if out is None else Path(out),
         plan.record(about),
@@ -86,6 +100,32 @@ def run(
     threads = 1 if model is None else None
     with _recorded(folder), Bar(progress) as bar, _threads(threads):
         return _Engine(folder, plan, bar).run(model)
+
+
+@contextmanager
+def _untouched(model: nn.Module | None) -> Iterator[None]:
+    """Leave the caller's generators and the modes of the caller's model as they are."""
+    modes = {} if model is None else {m: m.training for m in model.modules()}
+    state, legacy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(legacy)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _try(model: nn.Module, plan: Plan) -> None:
+    """Adapt a copy of the model, so that targets that fit nothing are refused before a folder."""
+    head = bases.try_base(model, plan.stream)
+    try:
+        adapt(model, plan.method, plan.target_modules, head=head)
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"target_modules: {error}") from error
 
 
 def _base(base: nn.Module | str | None, stream: Stream) -> tuple[nn.Module | None, dict[str, Any]]:
@@ -204,6 +244,7 @@ class _Engine:
             head=head,
             seed=seed_of(self.seed, "adapter"),
         )
+        before = system.method.vital_sign(adapter_of(model))
         restricted, unrestricted = self._matrices()
         count = len(self.stream)
         groups = [list(range(count))] if system.pooled else [[index] for index in range(count)]
@@ -216,7 +257,7 @@ class _Engine:
             self.watch("task_start", {**where, "classes": names})
             grow_head(model, names, seed=self.seed)
             self._task(model, system, group, where)
-            self._alive(model, system, where)
+            self._alive(model, before, where)
             row = group[-1]
             restricted[row], unrestricted[row] = self._evaluate(model, row + 1)
             self.watch(
@@ -271,15 +312,9 @@ class _Engine:
             self.watch("task_end", {**where, "phase": work.name, "loss": loss})
         boundary.finish(self.stream[index], workshop, state)
 
-    def _alive(self, model: nn.Module, system: System, where: dict[str, Any]) -> None:
-        adapter = adapter_of(model)
-        signs = system.method.vital_sign(adapter)
-        self.watch("vital_sign", {**where, **signs})
-        if signs and all(value == 0 for value in signs.values()):
-            raise InertError(
-                f"{system.label}: after task {where['task']!r} its vital signs {signs} are all "
-                "zero, so it did nothing; raise the learning rate, or look for frozen parameters"
-            )
+    def _alive(self, model: nn.Module, before: dict[str, float], where: dict[str, Any]) -> None:
+        """Refuse to go on with a method of which some part did nothing."""
+        self.watch("vital_sign", {**where, **adapter_of(model).check_alive(before)})
 
     def _matrices(self) -> tuple[np.ndarray, np.ndarray]:
         shape = (len(self.stream), len(self.stream))

@@ -20,6 +20,8 @@ from polyrank.errors import ConfigError, RunError
 from polyrank.frame import Phase, Strategy, seed_of
 from polyrank.layers import adapter_of
 
+UNSERVED = ("losses", "groups", "span", "carry", "check_every", "keep")
+
 
 def class_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """Return the cross-entropy over the seen classes: its sum over the rows of the whole update."""
@@ -73,7 +75,8 @@ def run_phase(
     """Train one phase and return the mean loss.
 
     Raises:
-        ConfigError: if the phase names a role that the method does not have.
+        ConfigError: if the phase names a role that the method does not have, or asks for
+            something that is not served yet.
         RunError: if the loss is not finite.
     """
     adapter = adapter_of(model)
@@ -81,6 +84,12 @@ def run_phase(
         raise ConfigError(
             f"phase {phase.name!r}: trains {sorted(unknown)}, but the adapter has "
             f"{sorted(adapter.roles())}"
+        )
+    # Every field that is set is served or refused.
+    asks = [name for name in UNSERVED if getattr(phase, name) != getattr(Phase(), name)]
+    if asks:
+        raise ConfigError(
+            f"phase {phase.name!r}: sets {', '.join(asks)}; the engine serves none yet"
         )
     adapter.train_only(phase.train)
     steps = phase.steps or settings.epochs * -(
@@ -99,9 +108,11 @@ def run_phase(
         trainer.strategies, trainer.task_index, trainer.phase_name = strategies, task, phase.name
         trainer.workshop = workshop
         trainer.pop_callback(PrinterCallback)
-        output = trainer.train()
-    adapter.train_only(None)
-    model.eval()
+        try:
+            output = trainer.train()
+        finally:
+            adapter.train_only(None)
+            model.eval()
     return float(output.training_loss)
 
 

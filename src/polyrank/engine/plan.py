@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from polyrank.engine.settings import Settings
 from polyrank.errors import ConfigError, nearest
-from polyrank.frame import Method, Strategy
+from polyrank.frame import Boundary, Method, Strategy
 from polyrank.frame import method as make
 from polyrank.streams import Stream
 from polyrank.streams import stream as find_stream
@@ -60,16 +60,37 @@ class Plan:
         Raises:
             ConfigError: naming everything that does not.
         """
+        problems: list[str] = []
+
+        def found(make: Callable[..., Any], *words: Any, **options: Any) -> Any:
+            try:
+                return make(*words, **options)
+            except ConfigError as error:
+                problems.extend(error.problems)
+                return None
+
+        named = {"seed": seed} if isinstance(stream, str) else {}
+        tasks = found(find_stream, stream, **named)
+        chosen = found(make, method) if isinstance(method, str) else method
+        combined = [found(make, s) if isinstance(s, str) else s for s in strategies]
+        settings = (
+            train if isinstance(train, Settings) else found(Settings.build, dict(train or {}))
+        )
+        problems += _kinds(chosen, combined)
+        problems += _unknown(references)
         plan = cls(
-            stream=find_stream(stream, **({"seed": seed} if isinstance(stream, str) else {})),
-            method=make(method) if isinstance(method, str) else method,
-            strategies=tuple(make(s) if isinstance(s, str) else s for s in strategies),
+            stream=tasks,
+            method=chosen,
+            strategies=tuple(combined),
             references=tuple(references),
-            settings=train if isinstance(train, Settings) else Settings.build(dict(train or {})),
+            settings=settings,
             target_modules=target_modules,
             seed=seed,
         )
-        if problems := list(plan._problems()):
+        whole = isinstance(chosen, Method) and all(isinstance(s, Strategy) for s in combined)
+        if whole and tasks is not None and settings is not None:
+            problems += plan._problems()
+        if problems:
             raise ConfigError(problems)
         return plan
 
@@ -78,10 +99,9 @@ class Plan:
         for entry in (self.method, *self.strategies):
             yield from (f"{entry.name}: {problem}" for problem in entry.checks())
         yield from (f"train: {problem}" for problem in self.settings.problems())
-        for name in self.references:
-            if name not in REFERENCES:
-                words = f"{', '.join(REFERENCES)};{nearest(name, REFERENCES)}"
-                yield f"references: got {name!r}, expected {words}"
+        yield from _unserved(self.method)
+        for strategy in self.strategies:
+            yield from _unserved(strategy)
         if stream.scenario != "class-incremental":
             yield (
                 f"stream: {stream.name!r} is {stream.scenario}; "
@@ -138,6 +158,40 @@ class Plan:
             "seed": self.seed,
             "train": asdict(self.settings),
         }
+
+
+def _kinds(method: Any, strategies: Sequence[Any]) -> Iterator[str]:
+    """Yield what stands in the place of the other kind."""
+    if method is not None and not isinstance(method, Method):
+        what = getattr(method, "name", type(method).__name__)
+        yield f"method: {what!r} is no method; strategies go into strategies=[...]"
+    for entry in strategies:
+        if entry is not None and not isinstance(entry, Strategy):
+            what = getattr(entry, "name", type(entry).__name__)
+            yield f"strategies: {what!r} is no strategy; a method goes into method=..."
+
+
+def _unknown(references: Sequence[str]) -> Iterator[str]:
+    for name in references:
+        if name not in REFERENCES:
+            words = f"{', '.join(REFERENCES)};{nearest(name, REFERENCES)}"
+            yield f"references: got {name!r}, expected {words}"
+
+
+def _unserved(entry: Method | Strategy) -> Iterator[str]:
+    """Yield the slots that a method fills and this engine does not run yet: none is passed over."""
+    if entry.losses():
+        yield f"{entry.name}: fills the slot 'losses', which the engine does not evaluate yet"
+    if not isinstance(entry, Method):
+        return
+    boundary = type(entry.boundary())
+    for verb in ("check", "deploys"):
+        if getattr(boundary, verb) is not getattr(Boundary, verb):
+            yield f"{entry.name}: its boundary defines {verb!r}, which the engine does not call yet"
+    if wants := entry.init().wants:
+        yield (
+            f"{entry.name}: its start wants {sorted(wants)}, which the engine does not gather yet"
+        )
 
 
 def _unfit(stream: Stream) -> Iterator[str]:

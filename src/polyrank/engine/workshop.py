@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyrank.engine.data import TaskRows, batches
 from polyrank.errors import ConfigError
-from polyrank.frame import Workshop, keyed
-from polyrank.layers import AdaptedLinear, ModelAdapter, absorb, adapter_of, append, redraw, replica
+from polyrank.frame import Layer, Workshop, keyed
+from polyrank.layers import (
+    AdaptedLinear,
+    ModelAdapter,
+    View,
+    absorb,
+    adapter_of,
+    append,
+    keep,
+    redraw,
+    replica,
+)
 
 
 class TaskWorkshop(Workshop):
@@ -93,11 +104,27 @@ class TaskWorkshop(Workshop):
         return {}
 
     def grads(self, batch: dict[str, Any], params: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Return gradients of the mean cross-entropy of one batch, without touching `.grad`."""
-        logits = self.model(pixel_values=batch["pixel_values"]).logits
-        loss = F.cross_entropy(logits.float(), batch["labels"])
-        found = torch.autograd.grad(loss, list(params), allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
+        """Return gradients of the mean cross-entropy of one batch, averaged over processes.
+
+        `.grad` stays as it is, and in evaluation mode nothing counts or drops out.
+        """
+        training = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            logits = self.model(pixel_values=batch["pixel_values"]).logits
+            loss = F.cross_entropy(logits.float(), batch["labels"])
+            found = torch.autograd.grad(loss, list(params), allow_unused=True)
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+        grads = [
+            p.new_zeros(p.shape) if g is None else g for g, p in zip(found, params, strict=True)
+        ]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for grad in grads:
+                dist.all_reduce(grad)
+                grad /= dist.get_world_size()
+        return grads
 
     def absorb(self) -> None:
         """Add the adapter's update to the base weights and redraw it."""
@@ -114,6 +141,19 @@ class TaskWorkshop(Workshop):
     def replica(self, name: str) -> None:
         """Keep a frozen copy of the adapter."""
         replica(self.model, name)
+
+    def keep(self, layer: Layer, ranks: Tensor) -> None:
+        """Keep some live ranks of one layer, in the given order."""
+        keep(self.model, cast("View", layer), ranks)
+
+    @property
+    def replay(self) -> Any:
+        """Raise: stored samples come with the strategies that need them.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("replay: this engine keeps no samples; use a method that needs none")
 
     def rng(self, name: str) -> torch.Generator:
         """Return the generator keyed by (seed, task, name)."""

@@ -181,10 +181,11 @@ class Method(_Slots):
         if isinstance(self.scaling, str):
             good = self.scaling in self.scalings
         else:
-            good = isinstance(self.scaling, numbers.Real) and not isinstance(self.scaling, bool)
+            number = isinstance(self.scaling, numbers.Real) and not isinstance(self.scaling, bool)
+            good = number and 0 < self.scaling < math.inf
         if not good:
             words = ", ".join(self.scalings)
-            yield f"scaling: got {self.scaling!r}, expected one of {words} or a number"
+            yield f"scaling: got {self.scaling!r}, expected one of {words} or a finite number > 0"
         elif self.scaling == "alpha/k" and not hasattr(self, "k"):
             yield "scaling: got 'alpha/k', but this method has no k (active ranks); use 'alpha/r'"
 

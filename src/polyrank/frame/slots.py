@@ -346,6 +346,13 @@ class Workshop(Protocol):
     def redraw(self) -> None:
         """Write fresh starting values."""
 
+    def keep(self, layer: Layer, ranks: Tensor) -> None:
+        """Keep some live ranks of one layer, in the given order."""
+
+    @property
+    def replay(self) -> Any:
+        """Return the buffer of stored samples: offered at update end, drawn by key."""
+
     def replica(self, name: str) -> None:
         """Keep a frozen copy of the adapter under a name that `Flow.view` can show."""
 
@@ -359,6 +366,11 @@ def conflicts(rules: Iterable[Rule]) -> list[str]:
     seen: list[Rule] = []
     for rule in sorted(rules, key=lambda rule: (rule.order, rule.name)):
         for earlier in seen:
+            if rule.name == earlier.name:
+                problems.append(
+                    f"rules: two are named {rule.name!r}, and their saved state would be mixed up; "
+                    "give one of them a name of its own"
+                )
             both = {what.removeprefix("true_") for what in rule.expects} & earlier.touches
             if both:
                 problems.append(

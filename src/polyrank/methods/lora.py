@@ -1,11 +1,12 @@
-"""LoRA: a frozen weight plus a trained product of two thin factors; with rsLoRA and LoRA+ as options.
+"""LoRA: a frozen weight plus a trained product of two thin factors; rsLoRA and LoRA+ as options.
 
 Idea: the update that a task needs has low rank, so train only B A.
-Maths: y = W x + b + s · B A x;  A (r, d_in) ~ U(±1/√d_in), B (d_out, r) = 0;  s = alpha / r, or alpha / √r (rsLoRA).
-    LoRA+ trains B at `lr_ratio` times the rate of A.
+Maths: y = W x + b + s · B A x;  A (r, d_in) ~ U(±1/√d_in), B (d_out, r) = 0;  s = alpha / r, or
+    alpha / √r (rsLoRA). LoRA+ trains B at `lr_ratio` times the rate of A.
 Source: arXiv:2106.09685, section 4.1; rsLoRA arXiv:2312.03732; LoRA+ arXiv:2402.12354.
-Differs from the released code: factors are fp32 and cast inside the operator; the input is never cast up.
-Limits: linear layers only. Cost: r (d_in + d_out) weights, 2 r (d_in + d_out) operations per token.
+Differs from the released code: factors are fp32 and cast inside the operator; the input is never
+    cast up.
+Limits: linear layers only. Cost: r (d_in + d_out) weights, 2 r (d_in + d_out) operations a token.
 Status: formula, merge and rates tested; the reference of every comparison.
 """
 

@@ -6,6 +6,7 @@ import math
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from polyrank.errors import ConfigError
@@ -121,6 +122,9 @@ class RankGate(Core):
     def count(self, counts: Tensor) -> None:
         """Add the number of tokens that chose each rank, (r,) int64."""
         if self.rate:
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                # Each process would move its own copy of the bias, and they would drift apart.
+                dist.all_reduce(counts)
             self.balance(counts, self.rate)
             return
         self.counts = (

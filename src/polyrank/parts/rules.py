@@ -29,8 +29,10 @@ class Balance(Rule):
         self.rate = rate
 
     def bind(self, adapter: Adapter, optimizer: Optimizer, workshop: Workshop | None) -> None:
-        """Collect the cores that count."""
+        """Collect the cores that count; what they counted before belongs to no update of ours."""
         self.cores = [layer.core for layer in adapter.layers if isinstance(layer.core, RankGate)]
+        for core in self.cores:
+            core.counts = None
 
     def after(self, step: Step) -> None:
         """Sum the counts over processes, move every bias by one step, forget the counts."""
