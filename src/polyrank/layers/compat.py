@@ -1,7 +1,8 @@
 """The names that polyrank needs from inside PEFT, in one place.
 
-PEFT offers no public plug-in interface, so these are what a release of PEFT may move. Each has
-been present since PEFT 0.20, the lower bound of the dependency.
+PEFT offers no public plug-in interface, so these are what a release of PEFT may move. The lower
+bound is 0.21: before it, PEFT asks no tuner how the names in a file belong to the model, and the
+deeper names of cores would keep the adapter's name and load to wrong values without a word.
 """
 
 from __future__ import annotations

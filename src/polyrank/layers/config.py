@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,8 @@ class PolyrankConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
+        # A copy: the names grow with the adapter, and the caller may use the dict again.
+        self.head = copy.deepcopy(self.head)
         problems = list(self._problems())
         try:
             made = method(self.method, **self.options)

@@ -33,7 +33,8 @@ class LinearHead(Head):
         Raises:
             ConfigError: if a class is already there.
         """
-        if again := sorted(set(names) & set(self.names)):
+        seen = [*self.names, *names]
+        if again := sorted({name for name in names if seen.count(name) > 1}):
             raise ConfigError(
                 f"head: classes {again} are already there; give each class its own name"
             )

@@ -20,7 +20,7 @@ from polyrank.layers.adapter import adapter_of
 from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.hosts import HeadHost
 from polyrank.layers.linear import AdaptedLinear
-from polyrank.layers.views import Factor, Frozen, View
+from polyrank.layers.views import Factor, Frozen, View, wide
 
 
 def config_of(model: nn.Module, name: str) -> PolyrankConfig:
@@ -153,8 +153,8 @@ def absorb(
         delta = view.delta()
         weight = view.module.dense_weight()
         delta = delta.T if view.module.transposed else delta
-        merged = (weight.detach().float() + delta).to(weight.dtype)
-        lost += float((merged.float() - weight.detach().float() - delta).square().sum())
+        merged = (wide(weight.detach()) + delta).to(weight.dtype)
+        lost += float((wide(merged) - wide(weight.detach()) - delta).square().sum())
         total += float(delta.square().sum())
         updates.append((view.module, merged))
     share = (lost / total) ** 0.5 if total else 0.0
