@@ -1,6 +1,6 @@
 """Tiny models, equal batches, loops and toy rules for the tests of the engine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import pytest
 import torch
@@ -10,6 +10,22 @@ from polyrank.frame import ORDER, Penalty, Rule, keyed
 from polyrank.testing import MODELS
 
 VOCABULARY, SEED = 32, 3
+SAMPLING = "train_sampling_strategy"
+
+
+def in_order(trainer):
+    """Teach the option of a later transformers to an earlier one."""
+    given = trainer._get_train_sampler
+    if getattr(given, "taught", False):
+        return
+
+    def sampler(self, dataset=None):
+        if getattr(self.args, SAMPLING, "") == "sequential":
+            return torch.utils.data.SequentialSampler(dataset or self.train_dataset)
+        return given(self, dataset)
+
+    sampler.taught = True
+    trainer._get_train_sampler = sampler
 
 
 class Recorder(Rule):
@@ -112,20 +128,17 @@ class Tools:
         raise AssertionError("this model cannot checkpoint")
 
     def rows(self, count, tokens=9, seed=0):
-        """Right-padded rows of different lengths."""
+        """Return right-padded rows of different lengths."""
         rng = keyed("rows", seed)
         found = []
         for _ in range(count):
             ids = torch.randint(3, VOCABULARY, (tokens,), generator=rng)
             length = int(torch.randint(tokens // 2, tokens + 1, (1,), generator=rng))
             mask = (torch.arange(tokens) < length).long()
-            found.append(
-                {
-                    "input_ids": ids * mask,
-                    "attention_mask": mask,
-                    "labels": ids.masked_fill(mask == 0, -100),
-                }
-            )
+            labels = ids.masked_fill(mask == 0, -100)
+            # Nothing predicts the first token, but some versions of Trainer count its label.
+            labels[0] = -100
+            found.append({"input_ids": ids * mask, "attention_mask": mask, "labels": labels})
         return found
 
     def stack(self, rows):
@@ -161,9 +174,10 @@ class Tools:
         return losses, attachment
 
     def arguments(self, folder, kind=None, **options):
-        from transformers import TrainingArguments
+        from transformers import Trainer, TrainingArguments
 
-        return (kind or TrainingArguments)(
+        known = {field.name for field in fields(TrainingArguments)}
+        options = {
             **{
                 "output_dir": str(folder),
                 "per_device_train_batch_size": 2,
@@ -178,9 +192,16 @@ class Tools:
                 "save_strategy": "no",
                 "report_to": [],
                 "disable_tqdm": True,
-                **options,
-            }
+            },
+            **options,
+        }
+        found = (kind or TrainingArguments)(
+            **{key: value for key, value in options.items() if key != SAMPLING or key in known}
         )
+        if SAMPLING not in known:
+            found.train_sampling_strategy = options[SAMPLING]
+            in_order(Trainer)
+        return found
 
     def losses(self, trainer):
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

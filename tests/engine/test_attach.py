@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
 import polyrank as pr
 from polyrank.frame import PenaltyRule, inject
@@ -58,7 +59,20 @@ def test_begin_grads_after_in_order_once_per_update(tools, called, accumulation)
     assert told == [call for call in per_update for _ in range(2)]
 
 
-def test_a_loop_on_accelerate_equals_a_plain_one(tools):
+@pytest.fixture
+def fresh_accelerate():
+    """Its settings live as long as the process, and other tests' trainers have made theirs."""
+
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
+def test_a_loop_on_accelerate_equals_a_plain_one(tools, fresh_accelerate):
     rows = tools.rows(8)
     plain, theirs = tools.adapted("smora"), tools.adapted("smora")
     losses, _ = tools.loop(plain, rows, accumulation=2)
