@@ -5,6 +5,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from polyrank.errors import StreamError
 from polyrank.streams import digits, digits_base
 from polyrank.streams.digits import FORM_BLOCKS
 
@@ -124,3 +125,88 @@ def test_a_linear_model_learns_it_and_forgetting_is_possible():
     assert np.mean(scores) > 0.9
     # The last task's model knows nothing of the first one.
     assert classifier().fit(*trains[-1]).score(*flat(stream[0].data["test"])) == 0
+
+
+def fit(*tasks):
+    parts = [flat(task.data["train"]) for task in tasks]
+    pixels, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return classifier().fit(pixels, labels)
+
+
+def scores(fitted, stream):
+    return np.array([fitted.score(*flat(task.data["test"])) for task in stream])
+
+
+def blocks_of(rows):
+    return set(np.searchsorted(FORM_BLOCKS, rows.origin, side="right") - 1)
+
+
+@pytest.mark.parametrize("domains", ["blocks", "rotation", "inversion"])
+def test_domains_keep_the_classes_and_no_test_image_was_trained_on(domains):
+    stream = digits(2, domains=domains)
+    assert stream.scenario == "domain-incremental"
+    assert stream.name == f"digits-{domains}"
+    labels = tuple(map(str, range(9 if domains == "rotation" else 10)))
+    assert {task.labels for task in stream} == {labels}
+    assert {task.classes for task in stream} == {tuple(range(len(labels)))}
+    assert [task.domain for task in stream] == [task.name for task in stream]
+    base = stream.pretraining
+    assert base.labels == labels
+    trained = {b for task in (base, *stream) for b in blocks_of(task.data["train"])}
+    for task in (base, *stream):
+        for role in set(task.data) - {"train"}:
+            assert not blocks_of(task.data[role]) & trained
+    assert digits(2, domains=domains).hash == stream.hash
+    assert digits(3, domains=domains).hash != stream.hash
+
+
+def test_domains_of_form_blocks_share_no_image():
+    stream = digits(domains="blocks", tasks=5)
+    used = [rows.origin for task in stream for rows in task.data.values()]
+    assert sorted(np.concatenate(used).tolist()) == list(range(FORM_BLOCKS[4], 1797))
+    assert [task.name for task in stream][:2] == ["blocks 4-5", "blocks 6-7"]
+    assert all(set(task.data) == {"train", "test"} for task in stream)
+    wide = digits(domains="blocks", tasks=2, order=[1, 0])
+    assert [task.name for task in wide] == ["blocks 9-13", "blocks 4-8"]
+    assert blocks_of(wide[0].data["validation"]) == {12}
+
+
+def test_turned_and_inverted_images_are_the_plain_ones():
+    turned = digits(domains="rotation", tasks=4)
+    inverted = digits(domains="inversion")
+    for role in ("train", "test"):
+        plain = [stream[0].data[role].batch(slice(None)) for stream in (turned, inverted)]
+        for turns in range(4):
+            found = turned[turns].data[role].batch(slice(None))
+            assert turned[turns].name == f"{90 * turns} degrees"
+            expected = np.rot90(plain[0]["pixel_values"], turns, axes=(2, 3))
+            np.testing.assert_array_equal(found["pixel_values"], expected)
+            np.testing.assert_array_equal(found["label"], plain[0]["label"])
+        found = inverted[1].data[role].batch(slice(None))["pixel_values"]
+        np.testing.assert_array_equal(found, -plain[1]["pixel_values"])
+        assert inverted[1].data[role].batch([0])["pixel_values"].dtype == np.float32
+
+
+def test_a_linear_model_sees_how_far_domains_lie_apart():
+    # A model of plain digits against other domains, by logistic regression on pixels: about .75
+    # on other form blocks, near chance on images turned by 90 degrees, below it on inverted ones.
+    blocks, turned, inverted = (digits(domains=d) for d in ("blocks", "rotation", "inversion"))
+    assert scores(fit(*blocks), blocks).min() > 0.85
+    assert scores(fit(blocks[0]), blocks).min() > 0.6
+    assert scores(fit(turned[0]), turned)[[0, 1]] @ [1, -1] > 0.6
+    assert scores(fit(*turned), turned).min() > 0.7
+    assert scores(fit(inverted[0]), inverted).tolist()[1] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"domains": "rotations"}, "domains: got 'rotations'.*did you mean 'rotation'"),
+        ({"domains": "inversion", "tasks": 3}, "tasks: got 3, expected 1..2 for domains"),
+        ({"domains": "blocks", "tasks": 6}, "tasks: got 6, expected 1..5"),
+        ({"domains": "rotation", "order": [0, 1]}, "order: got .*permutation of 0..2"),
+    ],
+)
+def test_impossible_domains_are_refused(options, says):
+    with pytest.raises(StreamError, match=says):
+        digits(**options)

@@ -33,7 +33,7 @@ def command(
     ] = None,
     set_: Annotated[Words, typer.Option("--set", help="Options of the method: r=16 k=4.")] = None,
     with_: Annotated[Words, typer.Option("--with", help="Strategies to add to the method.")] = None,
-    stream: Annotated[str, typer.Option(help="One of `polyrank streams`, or a YAML file.")] = "digits",
+    stream: Annotated[str, typer.Option(help="See `polyrank streams`; or a YAML file.")] = "digits",
     model: Annotated[
         Word,
         typer.Option(help="Folder or hub id of an image classifier; else a small one is made."),

@@ -53,18 +53,18 @@ def _by_label(whole: Gathered, split: Split, seed: int) -> list[Gathered]:
 def _by_rows(whole: Gathered, tasks: int, seed: int) -> list[Gathered]:
     places = {}
     for role in set(TRAINING_ROLES) & set(whole.parts):
-        count = len(whole.parts[role].origin)
-        if count < tasks:
+        piece = whole.parts[role]
+        if len(piece.origin) < tasks:
             raise StreamError(
-                f"split.tasks: got {tasks} for {count} rows of role {role!r}, expected at least "
-                "one row each; lower it"
+                f"split.tasks: got {tasks} for {len(piece.origin)} rows of role {role!r}, expected "
+                "at least one row each; lower it"
             )
-        places[role] = np.array_split(draw.permutation(count, seed, "rows", role), tasks)
+        places[role] = _dealt(piece, tasks, (seed, "rows", role))
     made = []
     for task in range(tasks):
         parts = {
-            role: piece.take(places[role][task]) if role in places else piece
-            for role, piece in whole.parts.items()
+            role: p.take(np.flatnonzero(places[role] == task)) if role in places else p
+            for role, p in whole.parts.items()
         }
         made.append(replace(whole, name=f"part {task + 1}", parts=parts))
     return made
@@ -124,18 +124,31 @@ def _ordered(known: Sequence[str], order: str | Sequence[str], seed: int) -> lis
         raise StreamError([f"split.{line}" for line in error.problems]) from error
 
 
+def _dealt(piece: Piece, tasks: int, key: tuple[int | str, ...]) -> np.ndarray:
+    """Which task each row goes to: equally many to each, and of each class too."""
+    names = _names(piece) if piece.names is not None else np.full(len(piece.origin), "", object)
+    places, turn = np.zeros(len(names), dtype=int), 0
+    for label in dict.fromkeys(names):
+        rows = np.flatnonzero(names == label)
+        drawn = rows[draw.permutation(len(rows), *key, str(label))]
+        places[drawn] = (turn + np.arange(len(rows))) % tasks
+        turn += len(rows)
+    return places
+
+
 def _blurred(
     names: np.ndarray, places: np.ndarray, blur: float, tasks: int, key: tuple[int | str, ...]
 ) -> np.ndarray:
-    """Where rows go if a share of each class is dealt out to the other tasks in turn."""
+    """Where rows go if a share of each class is moved to another task, one drawn for the class."""
     moved = places.copy()
+    if not blur or tasks < 2:
+        return moved
     for label in dict.fromkeys(names):
         rows = np.flatnonzero(names == label)
         drawn = rows[draw.permutation(len(rows), *key, "blur", str(label))]
-        for turn, row in enumerate(drawn[: round(blur * len(rows))]):
-            others = [task for task in range(tasks) if task != places[row]]
-            if others:
-                moved[row] = others[turn % len(others)]
+        home = places[rows[0]]
+        other = (home + 1 + draw.permutation(tasks - 1, *key, "task", str(label))[0]) % tasks
+        moved[drawn[: round(blur * len(rows))]] = other
     return moved
 
 

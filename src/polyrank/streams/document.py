@@ -45,7 +45,7 @@ class Faults:
     def touch(self, key: Key) -> bool:
         """Whether a fault is known of a task, or of what all tasks share."""
         every = self.keys | self.silent
-        shared = any(not k or k[0] in Common.model_fields for k in every)
+        shared = any(not k or k[0] in ("root", *Common.model_fields) for k in every)
         return shared or any(k[: len(key)] == key for k in every if key)
 
     def stop(self) -> None:

@@ -105,7 +105,10 @@ def _sources(task: TaskSpec, shelf: Shelf) -> dict[str, tuple[Table, dict[str, P
 
 def _default_roles(task: TaskSpec, shelf: Shelf) -> dict[str, Part]:
     if task.hub is not None:
-        splits = _hub(task, shelf, None)
+        try:
+            splits = _hub(task, shelf, None)
+        except StreamError as error:
+            raise StreamError([f"hub: {line}" for line in error.problems]) from error
         there, what = list(splits), f"splits of {task.hub!r}"
     else:
         folder = (shelf.base or Path()) / (task.path or "")

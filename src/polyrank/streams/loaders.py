@@ -219,7 +219,7 @@ def hub(
     source = name if root is None else str(root / name)
     if root is not None and not (root / name).is_dir():
         raise StreamError(
-            f"hub: no folder {source}; put a copy of the data set {name!r} there, "
+            f"no folder {source}; put a copy of the data set {name!r} there, "
             f"for example with `hf download --repo-type dataset {name} --local-dir {source}`"
         )
     import datasets
@@ -237,7 +237,7 @@ def hub(
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         what = f"{name!r}" + (f", config {config!r}" if config else "")
         raise StreamError(
-            f"hub: cannot load {what}, split {split or 'all'!r}: {reason[0]}; check id, config and "
+            f"cannot load {what}, split {split or 'all'!r}: {reason[0]}; check id, config and "
             "network, or put a copy into a folder and name that as `root`"
         ) from error
     finally:

@@ -202,7 +202,10 @@ def _neighbour(path: FilePath) -> str:
 def _roles(task: TaskSpec, base: FilePath | None) -> Iterator[Fault]:
     sources: dict[str, list[tuple[str, Part]]] = {}
     for role, part in task.roles.items():
-        sources.setdefault(source_of(task, role, part, base), []).append((role, part))
+        source = source_of(task, role, part, base)
+        # "./rows.csv" is "rows.csv".
+        source = source if task.hub is not None else str(FilePath(source))
+        sources.setdefault(source, []).append((role, part))
         if task.hub is not None and part.fraction is not None and part.source is None:
             yield (
                 (role,),

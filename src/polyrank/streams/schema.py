@@ -235,7 +235,7 @@ class Split(Model):
         order: Of classes or values: "natural", "seed", or all of them in a list.
         seed: For "seed"; the stream's if left out. Benchmarks mostly use 1993.
         remainder: Where classes go that do not divide evenly.
-        blur: Share of each class's training rows that is dealt out to the other tasks.
+        blur: Share of each class's training rows that is moved to another task, drawn by key.
     """
 
     by: Word = "label"
