@@ -5,6 +5,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -329,6 +330,22 @@ def test_a_row_without_a_value_is_named(shop, tmp_path, files):
         _ = [made.data[role].fingerprint for role in made.data]
 
 
+def test_a_target_that_is_no_number_is_named(files):
+    rows = [{"text": "a", "target": value} for value in ("1.5", 2)]
+    files.jsonl(Path("train.jsonl"), rows)
+    files.jsonl(Path("test.jsonl"), [*rows, {"text": "b", "target": "n/a"}])
+    task = {"name": "a", "train": "train.jsonl", "test": "test.jsonl"}
+    spec = {"kind": "regression", "scenario": "text", "tasks": [task]}
+    test = stream(files.definition(spec))[0].data["test"]
+    assert [test[i]["target"] for i in range(2)] == [1.5, 2.0]
+    with pytest.raises(StreamError, match=r"test.jsonl, row 2: column 'target': got 'n/a', expect"):
+        test[2]
+    with pytest.raises(IndexError):
+        test[3]
+    with pytest.raises(KeyError):
+        test["label"]
+
+
 def test_scenarios_hide_and_limit_as_declared(shop, files):
     text = SHOP.replace("scenario: text", "scenario: online")
     files.definition(
@@ -353,6 +370,8 @@ def test_a_file_may_use_a_built_in_stream(files):
     path = files.definition("use: digits\noptions: {domains: inversion}\n")
     assert stream(path, seed=3).hash == stream("digits", seed=3, domains="inversion").hash
     assert stream(files.definition("use: digits\nseed: 4\n"), seed=3).seed == 4
+    assert stream(files.definition("use: digits\nname: mine\n")).name == "mine"
+    assert stream(files.definition("use: digits\noptions: {seed: 7}\n"), seed=3).seed == 7
     assert "did you mean 'digits'" in problems(files.definition("use: digit\n"))[0]
     found = problems(files.definition("use: digits\noptions: {domans: x}\n"))
     assert "did you mean 'domains'" in found[0]

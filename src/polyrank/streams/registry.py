@@ -3,6 +3,7 @@
 import inspect
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def _from_file(source: str, options: dict[str, Any]) -> Stream:
             f"{definition.path.name}: use: got {inner!r}, expected one of {', '.join(names())};"
             f"{hint}"
         )
-    return stream(inner, **({} if seed is None else {"seed": seed}), **own)
+    made = stream(inner, **{**({} if seed is None else {"seed": seed}), **own})
+    return made if definition.spec.name is None else replace(made, name=definition.spec.name)
 
 
 def _check(source: str, options: dict[str, Any], accepted: Iterable[str]) -> None:
