@@ -56,7 +56,7 @@ def uniform(seed: Word, offset: Tensor) -> Tensor:
         offset: int64 counters; only their low 32 bits are used.
     """
     if isinstance(seed, Tensor):
-        seed = seed.expand(offset.shape)
+        seed = seed.to(offset.device).expand(offset.shape)
     bits = cast("Tensor", philox((offset & _LOW, 0, 0, 0), (seed & _LOW, (seed >> 32) & _LOW))[0])
     # The word read as a signed number, folded to its non-negative half.
     return torch.where(bits > _HALF, _LOW - bits, bits).to(torch.float32) * _TO_UNIT
