@@ -2,6 +2,7 @@
 # make demo    the embedded run: tables in the terminal, one HTML report
 # make test    the whole CPU suite
 # make lint    what the CI asks of a commit
+# make peft-suite   PEFT's own tests against our methods; downloads them, keeps nothing
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint peft-suite clean
 
 setup: $(STAMP)
 
@@ -36,6 +37,9 @@ test: $(STAMP)
 lint: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files
 	$(BIN)/mypy
+
+peft-suite: $(STAMP)
+	$(BIN)/python tests/external/run_peft_suite.py $(SUITE_ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

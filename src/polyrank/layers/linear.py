@@ -343,10 +343,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         weight = self.dense_weight().detach()
         merged = (wide(weight) + self._update(name)).to(weight.dtype)
         if safe and not torch.isfinite(merged).all():
-            # PEFT's users look for the word NaNs.
+            # The first words are PEFT's, which its users look for.
             raise ValueError(
-                f"merge: adapter {name!r} gives weights that are not finite (NaNs detected) at "
-                f"{self.views[name].site.path}; look for a diverged training run"
+                f"NaNs detected in the merged weights. The adapter {name} seems to be broken: got "
+                f"weights that are not finite at {self.views[name].site.path}, expected numbers; "
+                "look for a diverged training run"
             )
         return merged
 

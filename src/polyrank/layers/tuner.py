@@ -231,8 +231,9 @@ class PolyrankModel(BaseTuner):
             if isinstance(layer, AdaptedLinear) and name in layer.views:
                 dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
                 if dtype is not None and dtype.is_floating_point:
-                    layer.polyrank_A[name].to(dtype)
-                    layer.polyrank_B[name].to(dtype)
+                    # A core keeps its gates and statistics in fp32 by itself.
+                    for held in layer.adapter_layer_names:
+                        getattr(layer, held)[name].to(dtype)
 
     # --- forward ---------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from polyrank.errors import CheckpointError, ConfigError, MergeError
+from polyrank.errors import CheckpointError, ConfigError, MergeError, nearest
 from polyrank.frame import Method
 from polyrank.frame import method as make
 from polyrank.layers.adapter import adapter_of
@@ -42,8 +43,7 @@ def adapt(
         adapter_name: key of the adapter.
         head: module path of a classifier to replace by one that grows, or {"module": …, "names":
             […]}.
-        autocast_adapter_dtype: keep factors in fp32 over a base in half precision; False gives
-            them the base's dtype. Gates and statistics are fp32 in any case.
+        autocast_adapter_dtype: keep factors in fp32 over a half-precision base; gates always are.
         **options: further fields of `PolyrankConfig`: rank_pattern, exclude_modules, seed …
 
     Raises:
@@ -55,6 +55,17 @@ def adapt(
             f"method: got {type(made).__name__}, expected a method such as "
             f"polyrank.method('smora', r=64, k=8)"
         )
+    known = {spec.name for spec in fields(PolyrankConfig)}
+    own = {spec.name for spec in fields(made)}
+    wrong = [
+        f"adapt: {name!r} is an option of the method; write method('{made.name}', {name}=...)"
+        if name in own
+        else f"adapt: unknown option {name!r};{nearest(name, known) or ' see PolyrankConfig'}"
+        for name in options
+        if name not in known
+    ]
+    if wrong:
+        raise ConfigError(wrong)
     if problems := made.checks():
         raise ConfigError([f"{made.name}: {problem}" for problem in problems])
     if not any(isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" for m in model.modules()):
@@ -143,6 +154,17 @@ def parameter_groups(
     >>> optimizer = torch.optim.AdamW(polyrank.parameter_groups(model, lr=1e-4))  # doctest: +SKIP
     """
     found = adapter_of(model, adapter)
+    active = sorted({name for view in found.layers for name in view.module.active_adapters})
+    if adapter is None and len(active) > 1:
+        raise ConfigError(
+            f"adapters {active} are all active, and one optimiser trains one of them; name it "
+            "with adapter=..., and call set_adapter with that name alone"
+        )
+    if not found.trained():
+        raise ConfigError(
+            f"adapter {found.name!r}: nothing in it trains; load it with is_trainable=True, or call "
+            "set_adapter with its name"
+        )
     groups = []
     for group in found.method.groups(found, None):
         decay = weight_decay if group.weight_decay is None else group.weight_decay
