@@ -55,16 +55,7 @@ def adapt(
             f"method: got {type(made).__name__}, expected a method such as "
             f"polyrank.method('smora', r=64, k=8)"
         )
-    known = {spec.name for spec in fields(PolyrankConfig)}
-    own = {spec.name for spec in fields(made)}
-    wrong = [
-        f"adapt: {name!r} is an option of the method; write method('{made.name}', {name}=...)"
-        if name in own
-        else f"adapt: unknown option {name!r};{nearest(name, known) or ' see PolyrankConfig'}"
-        for name in options
-        if name not in known
-    ]
-    if wrong:
+    if wrong := _misplaced(made, options):
         raise ConfigError(wrong)
     if problems := made.checks():
         raise ConfigError([f"{made.name}: {problem}" for problem in problems])
@@ -86,6 +77,19 @@ def adapt(
         adapter_name=adapter_name,
         autocast_adapter_dtype=autocast_adapter_dtype,
     )
+
+
+def _misplaced(made: Method, options: dict[str, Any]) -> list[str]:
+    """Say which keywords of `adapt` are no fields of the configuration."""
+    known = {spec.name for spec in fields(PolyrankConfig)}
+    own = {spec.name for spec in fields(made)}
+    return [
+        f"adapt: {name!r} is an option of the method; write method('{made.name}', {name}=...)"
+        if name in own
+        else f"adapt: unknown option {name!r};{nearest(name, known) or ' see PolyrankConfig'}"
+        for name in options
+        if name not in known
+    ]
 
 
 def load(model: nn.Module, path: str | Path, **options: Any) -> PeftModel:
@@ -162,8 +166,8 @@ def parameter_groups(
         )
     if not found.trained():
         raise ConfigError(
-            f"adapter {found.name!r}: nothing in it trains; load it with is_trainable=True, or call "
-            "set_adapter with its name"
+            f"adapter {found.name!r}: nothing in it trains; load it with is_trainable=True, or "
+            "call set_adapter with its name"
         )
     groups = []
     for group in found.method.groups(found, None):
