@@ -38,6 +38,9 @@ CODE_LINES = {"src": 400, "tests": 500, "methods": 120, "cli": 80}
 FUNCTION_LINES = 60
 # Files or functions above their limit, each with the reason why splitting it would read worse.
 LONGER: dict[str, str] = {
+    "src/polyrank/cli/choices.py": "all faults of a command line are gathered in one place",
+    "src/polyrank/cli/main.py": "the list of sub-commands beside what makes every stream safe",
+    "src/polyrank/cli/run.py": "thirteen options, each with its help",
     "src/polyrank/methods/moe_lora.py": "eleven published methods behind one set of options",
 }
 

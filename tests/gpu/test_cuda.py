@@ -2,9 +2,10 @@
 
 import copy
 
-import polyrank as pr
 import pytest
 import torch
+
+import polyrank as pr
 from polyrank import engine
 from polyrank.engine import base as bases
 from polyrank.engine.settings import Settings

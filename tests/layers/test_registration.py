@@ -145,3 +145,10 @@ def test_the_config_that_comes_back_from_json_holds_the_member(case, trained, fo
     assert type(config) is pr.PolyrankConfig
     assert config.peft_type is PeftType.POLYRANK
     assert config.build() == pr.method("smora", r=4, k=2)
+
+
+def test_the_model_card_names_polyrank(case, folder):
+    saved = folder(case("lora", r=2).build())
+    with open(f"{saved}/README.md", encoding="utf-8") as stream:
+        card = stream.read()
+    assert "- polyrank" in card

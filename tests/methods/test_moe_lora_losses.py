@@ -306,7 +306,7 @@ def test_beams_and_flattened_tokens_take_the_condition_of_their_sample():
         (torch.tensor([[0], [-1], [2], [0]]), "got ids -1..2, expected 0..2"),
         (torch.zeros(4, 1), "dtype torch.float32"),
         (torch.zeros(4, 2, dtype=torch.long), r"shape \(4, 2\)"),
-        (torch.zeros(5, 1, dtype=torch.long), "36 tokens for a condition of 5 samples"),
+        (torch.zeros(5, 1, dtype=torch.long), "got 5 rows for 4 samples"),
     ],
     ids=["missing", "too high", "negative", "float", "two columns", "other batch"],
 )

@@ -33,14 +33,20 @@ def choose(
     train: Sequence[str],
     *,
     embedded: bool,
+    stream: str,
+    references: Sequence[str],
 ) -> Choice:
-    """Build method, strategies and settings; `embedded` says that the small model is run.
+    """Build method, strategies and settings, and look stream and references up.
+
+    With the embedded model and no method named, the default takes options that fit its width.
 
     Raises:
         ConfigError: naming every fault.
     """
     from polyrank import frame
+    from polyrank.engine.plan import unknown
     from polyrank.engine.settings import Settings
+    from polyrank.streams import stream as find_stream
 
     name = frame.load_file(file).name if file is not None else "smora"
     if method is not None and file is not None and frame.slug(method) != name:
@@ -48,11 +54,14 @@ def choose(
             f"method: --method says {method!r}, --method-file brings {name!r}; give one of the two"
         )
     name = frame.slug(method or name)
-    values = {**(SMALL.get(name, {}) if embedded else {}), **pairs(options, "--set")}
     problems: list[str] = []
+    small = SMALL.get(name, {}) if embedded and method is None else {}
+    values = {**small, **(_collect(problems, lambda: pairs(options, "--set")) or {})}
     made = _collect(problems, frame.method, name, **values)
     settings = _collect(problems, lambda: Settings.build(pairs(train, "--train")))
     combined = [_collect(problems, frame.method, word) for word in strategies]
+    _collect(problems, find_stream, stream)
+    problems += unknown(references)
     if made is not None and not isinstance(made, frame.Method):
         problems.append(f"method: {name!r} is a strategy; write --method lora --with {name}")
     problems += [

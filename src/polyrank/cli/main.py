@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -66,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     quiet()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A pipe that cannot take Greek letters gets question marks, not a traceback.
+            stream.reconfigure(errors="replace")
     try:
         app(spread(words), standalone_mode=True)
     except PolyrankError as error:

@@ -58,10 +58,17 @@ def command(
     from polyrank import engine
     from polyrank.reports import terminal_table
 
-    chosen = choose(
-        method, method_file, set_ or [], with_ or [], train or [], embedded=model is None
-    )
     shown = engine.REFERENCES if references is None else [w for w in references if w != "none"]
+    chosen = choose(
+        method,
+        method_file,
+        set_ or [],
+        with_ or [],
+        train or [],
+        embedded=model is None,
+        stream=stream,
+        references=shown,
+    )
     result = engine.run(
         model,
         stream,

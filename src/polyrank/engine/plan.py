@@ -77,7 +77,7 @@ class Plan:
             train if isinstance(train, Settings) else found(Settings.build, dict(train or {}))
         )
         problems += _kinds(chosen, combined)
-        problems += _unknown(references)
+        problems += unknown(references)
         plan = cls(
             stream=tasks,
             method=chosen,
@@ -171,7 +171,8 @@ def _kinds(method: Any, strategies: Sequence[Any]) -> Iterator[str]:
             yield f"strategies: {what!r} is no strategy; a method goes into method=..."
 
 
-def _unknown(references: Sequence[str]) -> Iterator[str]:
+def unknown(references: Sequence[str]) -> Iterator[str]:
+    """Yield a sentence for every reference that is none."""
     for name in references:
         if name not in REFERENCES:
             words = f"{', '.join(REFERENCES)};{nearest(name, REFERENCES)}"

@@ -12,7 +12,7 @@ import numpy as np
 from polyrank.errors import ConfigError, nearest
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
     """Figures of one run, read from the same values that its folder holds.
 
@@ -25,6 +25,12 @@ class Result:
     path: Path
     results: dict[str, Any]
     model: Any = None
+
+    def __repr__(self) -> str:
+        """Name the folder and the figure that counts, not a page of tables."""
+        accuracy = self.metrics["average_accuracy"]
+        label = self.system()["label"]
+        return f"Result({label!r}, average_accuracy={accuracy:.3f}, {str(self.path)!r})"
 
     def system(self, name: str | None = None) -> dict[str, Any]:
         """Return one compared system by name; the method itself by default."""

@@ -72,8 +72,8 @@ class Core(nn.Module):
         """
         raise MergeError(
             f"merge: the core {type(self).__name__} weighs ranks for each token, so no single "
-            "matrix equals it; keep the adapter unmerged, or ask for an approximation with "
-            "polyrank.merge(model, approximate=batches)"
+            "matrix equals it; keep the adapter unmerged, or, where a core shows its gates, ask "
+            "for an approximation with polyrank.merge(model, approximate=batches)"
         )
 
     def base_gain(self) -> Tensor | None:

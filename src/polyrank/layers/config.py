@@ -119,6 +119,11 @@ class PolyrankConfig(PeftConfig):
             found.append(
                 f"head: got {self.head!r}, expected {{'module': 'classifier', 'names': [...]}}"
             )
+        if self.layers_to_transform is not None and self.target_modules == "all-linear":
+            found.append(
+                "layers_to_transform: not read together with target_modules='all-linear'; "
+                "name modules, for example target_modules=['q_proj', 'v_proj']"
+            )
         if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
             found.append(
                 "layers_pattern: given without layers_to_transform; name the blocks to adapt as "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from polyrank.errors import InertError
+from polyrank.errors import ConfigError, InertError
 from polyrank.frame import Flow
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class FlowHook:
         values: dict[str, object] = {
             "mask": _real(given.get("attention_mask")),
             "decoder_mask": _decoded(given),
-            "condition": kwargs.get(CONDITION, flow.ambient),
+            "condition": _fitting(kwargs.get(CONDITION), given, flow.ambient),
             "learning": torch.is_grad_enabled(),
         }
         if values["learning"]:
@@ -156,6 +156,20 @@ def _inert(name: str, method: str, attached: bool) -> str:
         "run, so it would train as something else; use polyrank.Trainer, "
         "`class T(polyrank.TrainerMixin, YourTrainer)`, or polyrank.attach(optimizer, model)"
     )
+
+
+def _fitting(condition: Any, given: dict[str, Any], ambient: Tensor | None) -> Any:
+    """Return the condition of a forward; one that came as an argument has a row a sample."""
+    if condition is None:
+        return ambient
+    names = ("input_ids", "inputs_embeds", "pixel_values", "x", "input")
+    batch = next((len(given[n]) for n in names if isinstance(given.get(n), Tensor)), None)
+    if batch is not None and len(condition) not in (1, batch):
+        raise ConfigError(
+            f"{CONDITION}: got {len(condition)} rows for {batch} samples, expected one row a "
+            "sample, or a single one for all"
+        )
+    return condition
 
 
 def _real(mask: Any) -> Tensor | None:

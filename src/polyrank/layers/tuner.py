@@ -100,6 +100,9 @@ class PolyrankModel(BaseTuner):
         self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         self._activate_hosts(model, adapter_name, config)
         self._probe(model, adapter_name)
+        if (tag := getattr(cast("Any", model), "add_model_tags", None)) is not None:
+            # PEFT tags the cards of its own LoRA only; this reaches README.md at the next save.
+            tag(["polyrank"])
 
     def _undo(self, model: nn.Module, name: str, before: set[int]) -> None:
         """Take out what a failed injection put in, so that the model is as it was."""
