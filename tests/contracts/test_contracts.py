@@ -3,9 +3,12 @@
 `pytest tests/contracts -k smora-0-llama` runs one case, `-k "neutral and smora"` one promise.
 """
 
+import json
+import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import polyrank.methods
 from polyrank.errors import ConfigError
@@ -22,18 +25,23 @@ def test_contract(check, case):
 
 
 @pytest.fixture(scope="module")
-def fresh(request):
+def fresh(request, tmp_path_factory):
     """What went wrong in a fresh process, for the cases that this run selected."""
     wanted = {
         item.callspec.params["case"]
         for item in request.session.items
         if item.path == request.path and "fresh" in item.fixturenames
     }
-    return fresh_problems(wanted)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return fresh_problems(wanted)
+    # Every worker comes here; the first one does the work for all.
+    shared = tmp_path_factory.getbasetemp().parent / "fresh.json"
+    with FileLock(f"{shared}.lock"):
+        if not shared.is_file():
+            shared.write_text(json.dumps(fresh_problems(wanted)))
+    return json.loads(shared.read_text())
 
 
-# On one worker, so that all cases share one fresh process.
-@pytest.mark.xdist_group("fresh")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_bits_in_a_fresh_process(case, fresh):
     assert fresh[str(case)] == ""
