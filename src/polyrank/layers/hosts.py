@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from polyrank.frame import Block, Flow, Head, Method, Site
-from polyrank.layers.compat import BaseTunerLayer
+from polyrank.layers.trainability import DeclaredTrainability
 
 # Where a block's host hangs. Without the prefix of PEFT's type: transformers' load_adapter puts the
 # adapter's name behind the first component that has it, and the host's ModuleDict comes after.
 NAME = "side_block"
 
 
-class _Host(nn.Module, BaseTunerLayer):
+class _Host(nn.Module, DeclaredTrainability):
     """Shared by hosts: one ModuleDict of owned modules, trained as far as roles allow."""
 
     held: str
@@ -37,50 +36,11 @@ class _Host(nn.Module, BaseTunerLayer):
         """The modules by adapter."""
         return cast("nn.ModuleDict", getattr(self, self.held))
 
-    def parameters_of(self, name: str) -> dict[str, list[nn.Parameter]]:
-        """Return one adapter's trained parameters by role."""
-        raise NotImplementedError(type(self).__name__)
-
     def active(self) -> str | None:
         """Return the active adapter that this host serves, or None."""
         if self._disable_adapters:
             return None
         return next((name for name in self.active_adapters if name in self.owned), None)
-
-    def _train_only(self, names: set[str], on: bool, others: bool) -> None:
-        for name, module in self.owned.items():
-            if name in names or others:
-                module.requires_grad_(False)
-                for params in self.parameters_of(name).values() if (on and name in names) else ():
-                    for param in params:
-                        param.requires_grad_(True)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._train_only(set(names), not inference_mode, others=True)
-        self._active_adapter = names
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off."""
-        self._train_only(set(self.active_adapters), enabled, others=True)
-        self._disable_adapters = not enabled
-
-    def set_requires_grad(
-        self, adapter_names: str | Sequence[str], requires_grad: bool = True
-    ) -> None:
-        """Freeze adapters, or make trainable what their methods declare."""
-        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-        self._train_only(names, requires_grad, others=False)
-
-    def _freeze_non_trainable_peft_weights(
-        self, adapter_names: str | Sequence[str] | None = None
-    ) -> None:
-        for name, module in self.owned.items():
-            allowed = {id(p) for params in self.parameters_of(name).values() for p in params}
-            for param in module.parameters():
-                if id(param) not in allowed:
-                    param.requires_grad_(False)
 
     def drop(self, adapter_name: str) -> None:
         """Remove what one adapter owns and leave the choice of the active one to the caller."""

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from polyrank.errors import ConfigError, MergeError
 from polyrank.frame import Flow, Method, Site, keyed
-from polyrank.layers.compat import BaseTunerLayer, check_adapters_to_merge, in_out_features
+from polyrank.layers.compat import check_adapters_to_merge, in_out_features
+from polyrank.layers.trainability import DeclaredTrainability
 from polyrank.layers.views import Factor, Frozen, View, wide
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
-class AdaptedLinear(nn.Module, BaseTunerLayer):
+class AdaptedLinear(nn.Module, DeclaredTrainability):
     """Wraps a linear layer, GPT-2's Conv1D or a quantised one, and adds its adapters' updates."""
 
     polyrank_A: nn.ModuleDict
@@ -169,53 +170,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             if not any(p.is_meta for p in held[adapter_name].parameters()):
                 held[adapter_name].to(target)
 
-    # --- trainability ----------------------------------------------------------------------------
-
-    def _train_only(self, names: set[str], on: bool, others: bool) -> None:
-        for name, view in self.views.items():
-            if name in names or others:
-                for held in self.adapter_layer_names:
-                    getattr(self, held)[name].requires_grad_(False)
-                for params in view.parameters().values() if (on and name in names) else ():
-                    for param in params:
-                        param.requires_grad_(True)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters; only what their methods declare becomes trainable."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._train_only(set(names), not inference_mode, others=True)
-        self._active_adapter = names
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off."""
-        self._train_only(set(self.active_adapters), enabled, others=True)
-        self._disable_adapters = not enabled
-
-    def set_requires_grad(
-        self, adapter_names: str | Sequence[str], requires_grad: bool = True
-    ) -> None:
-        """Freeze adapters, or make trainable what their methods declare."""
-        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-        self._train_only(names, requires_grad, others=False)
-
-    def _freeze_non_trainable_peft_weights(
-        self, adapter_names: str | Sequence[str] | None = None
-    ) -> None:
-        names = (
-            self.views
-            if adapter_names is None
-            else [adapter_names]
-            if isinstance(adapter_names, str)
-            else adapter_names
-        )
-        for name in names:
-            if name in self.views:
-                view = self.views[name]
-                allowed = {id(p) for params in view.parameters().values() for p in params}
-                for held in self.adapter_layer_names:
-                    for param in getattr(self, held)[name].parameters():
-                        if id(param) not in allowed:
-                            param.requires_grad_(False)
+    def parameters_of(self, name: str) -> dict[str, list[nn.Parameter]]:
+        """Return one adapter's trained parameters by role."""
+        return self.views[name].parameters()
 
     # --- forward ---------------------------------------------------------------------------------
 
