@@ -1,4 +1,4 @@
-"""Which tensors of an adapter require gradients: what its method declares, not what PEFT switches."""
+"""Which tensors of an adapter require gradients: what its method declares, however PEFT acts."""
 
 from __future__ import annotations
 
