@@ -139,7 +139,16 @@ class TaskWorkshop(Workshop):
         redraw(self.model, seed=self.seed, key=f"task-{self.task}")
 
     def replica(self, name: str) -> None:
-        """Keep a frozen copy of the adapter."""
+        """Keep a frozen copy of the adapter.
+
+        Raises:
+            ConfigError: if the adapter holds blocks, which a replica would show as they are now.
+        """
+        if self.adapter.blocks:
+            raise ConfigError(
+                f"replica: adapter {self.adapter.name!r} holds blocks, which cannot be kept twice; "
+                "use a strategy without a teacher or an average"
+            )
         replica(self.model, name)
 
     def keep(self, layer: Layer, ranks: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The contract of polyrank: what a method may say, and when it is called."""
 
+from polyrank.frame.combine import combination_problems
 from polyrank.frame.core import Core, inject
 from polyrank.frame.flow import Flow
 from polyrank.frame.method import SCALINGS, Method, Strategy
@@ -10,31 +11,31 @@ from polyrank.frame.saved import Generator, Saved, Transform
 from polyrank.frame.site import Site
 from polyrank.frame.slots import (
     ORDER,
+    ROLES,
     Adapter,
     Block,
-    Boundary,
     Group,
     Head,
     Init,
-    Job,
     Layer,
     Loss,
     Out,
     Penalty,
     PenaltyRule,
-    Phase,
     Rule,
     Step,
-    Workshop,
     conflicts,
 )
+from polyrank.frame.stages import Boundary, Buffer, Job, Phase, Replay, Workshop
 
 __all__ = [
     "ORDER",
+    "ROLES",
     "SCALINGS",
     "Adapter",
     "Block",
     "Boundary",
+    "Buffer",
     "Core",
     "Flow",
     "Generator",
@@ -51,6 +52,7 @@ __all__ = [
     "Penalty",
     "PenaltyRule",
     "Phase",
+    "Replay",
     "Rule",
     "Saved",
     "Site",
@@ -58,6 +60,7 @@ __all__ = [
     "Strategy",
     "Transform",
     "Workshop",
+    "combination_problems",
     "conflicts",
     "get",
     "inject",

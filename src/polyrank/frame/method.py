@@ -18,7 +18,6 @@ from polyrank.frame.site import Site
 from polyrank.frame.slots import (
     Adapter,
     Block,
-    Boundary,
     Group,
     Head,
     Init,
@@ -28,6 +27,7 @@ from polyrank.frame.slots import (
     Rule,
     conflicts,
 )
+from polyrank.frame.stages import Boundary, Replay
 
 SCALINGS = ("alpha/r", "alpha/sqrt(r)", "alpha/k", "alpha")
 
@@ -262,14 +262,37 @@ class Method(_Slots):
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy(_Slots):
-    """Adds losses, penalties, rules or replay to any method; owns no structure.
+    """Adds losses, penalties, rules, replay or work at task boundaries to any method.
+
+    Its boundary runs jobs after the method's phases; at the end of a task all strategies close
+    before the method does, those with `structural` last.
 
     Class facts:
         pools: whether the data of all tasks are trained on at once.
+        structural: whether it changes shapes or base weights at the end of a task.
+        persistent: whether it needs factors that keep their meaning from task to task.
     """
 
     kind: ClassVar[str] = "strategy"
     pools: ClassVar[bool] = False
+    structural: bool = False
+    persistent: bool = False
+
+    def boundary(self) -> Boundary | None:
+        """Return what happens between tasks, or None; its `next` gives jobs and no phases."""
+        return None
+
+    def replay(self) -> Replay | None:
+        """Return which samples to keep, or None."""
+        return None
+
+    def task_loss(self) -> Loss | None:
+        """Return what stands in place of the cross-entropy over all seen classes, or None."""
+        return None
+
+    def unfit(self, method: Method, others: Sequence[Strategy]) -> Iterator[str]:
+        """Yield why this cannot be combined with a method or with other strategies."""
+        yield from ()
 
     @classmethod
     def samples(cls) -> list[Strategy]:

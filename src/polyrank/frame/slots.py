@@ -8,9 +8,8 @@ its methods.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,15 @@ from polyrank.frame.core import Core
 from polyrank.frame.flow import Flow
 from polyrank.frame.site import Site
 
+if TYPE_CHECKING:
+    from polyrank.frame.stages import Workshop
+
 # The moments of an update at which rules run, from first to last.
 ORDER = {"penalty": 10, "constrain": 20, "project": 30, "prox": 60, "balance": 70, "average": 90}
+
+# What the rows of a batch are, as numbers in its "role" column. "replay" and "again" are two
+# independent draws from the buffer.
+ROLES = {"train": 0, "replay": 1, "again": 2, "forget": 3, "retain": 4, "old": 5, "text": 6}
 
 
 @runtime_checkable
@@ -93,6 +99,12 @@ class Adapter(Protocol):
 
     def groups(self, by: str) -> list[list[nn.Parameter]]:
         """Return the trained parameters of the layers grouped by "block", "layer" or "matrix"."""
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that may train, by names that stay while shapes stay."""
+
+    def pairs(self, replica: str) -> list[tuple[Tensor, nn.Parameter]]:
+        """Return (tensor of a replica, live parameter) of everything that may train."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,17 +192,35 @@ class Group:
 
 @dataclass(kw_only=True)
 class Out:
-    """What a forward left for losses; only what was asked for is kept."""
+    """What a forward left for losses; only what was asked for is kept.
+
+    Attributes:
+        logits: (n, seen classes), or (n, seq, vocabulary) for language models.
+        hidden: outputs of the embedding and of every block, (n, seq, d) each.
+        embedding: what the classifier reads, (n, d).
+        mask: (n, seq) bool, the real tokens of `hidden`; None if all are.
+        sides: tensors that blocks left, by site path.
+        teacher: the same of the loss's teacher, without gradients.
+        stored: (n, classes) logits kept with replayed rows, NaN where a class was not known yet.
+    """
 
     logits: Tensor | None = None
     hidden: list[Tensor] = field(default_factory=list)
     embedding: Tensor | None = None
+    mask: Tensor | None = None
     sides: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     teacher: Out | None = None
+    stored: Tensor | None = None
 
 
 class Loss:
     """A term that needs a batch; evaluated inside the one student forward of a micro-batch.
+
+    `needs` is a part of {"logits", "hidden", "embedding", "sides", "teacher.logits",
+    "teacher.hidden", "teacher.embedding", "stored"}; `teacher` is the view that the teacher shows,
+    "base" or a replica; there is one teacher forward for all losses of a view. With a `role` the
+    term sees the rows of that role only, and is left out where a micro-batch has none; None is all
+    rows.
 
     `per` names what is counted ("label", "token", "sample"): the term returns the sum and the
     engine divides by the count over the whole update and all processes. A `batchwise` term is not
@@ -199,10 +229,14 @@ class Loss:
     """
 
     needs: frozenset[str] = frozenset()
+    teacher: str = "base"
     weight: float = 1.0
     role: str | None = None
     per: str = "sample"
     batchwise: bool = False
+
+    def bind(self, adapter: Adapter, workshop: Workshop | None) -> None:
+        """Meet the adapter and the engine's services, once per phase."""
 
     def __call__(self, out: Out, batch: dict[str, Tensor]) -> Tensor:
         """Return a 0-d fp32 tensor."""
@@ -213,6 +247,9 @@ class Penalty:
     """A term in parameters only; its gradient is added once per update, not per micro-batch."""
 
     weight: float = 1.0
+
+    def bind(self, adapter: Adapter, workshop: Workshop | None) -> None:
+        """Meet the adapter and the engine's services, once per phase."""
 
     def __call__(self, adapter: Adapter, step: Step) -> Tensor:
         """Return a 0-d tensor differentiable in the adapter's parameters."""
@@ -239,6 +276,7 @@ class PenaltyRule(Rule):
     ) -> None:
         """Remember the adapter."""
         self.adapter = adapter
+        self.penalty.bind(adapter, workshop)
 
     def grads(self, step: Step) -> None:
         """Add ∂(weight · penalty)/∂p to p.grad for every trained parameter the penalty touches."""
@@ -250,114 +288,6 @@ class PenaltyRule(Rule):
             if grad is not None:
                 param.grad = grad if param.grad is None else param.grad.add_(grad)
         self.value = float(loss.detach())
-
-
-@dataclass(kw_only=True)
-class Phase:
-    """One Trainer run inside a task: `steps` updates of the roles in `train`.
-
-    0 steps stand for the run's own schedule. `span` = (first, total) places the phase in a
-    learning-rate schedule shared by several phases; `carry` maps the old optimiser state to the new
-    one; `keep` is "last" or "best" (the best snapshot is put back at the end).
-    """
-
-    name: str = "train"
-    steps: int = 0
-    train: frozenset[str] | None = None
-    losses: tuple[str, ...] | None = None
-    groups: list[Group] | None = None
-    span: tuple[int, int] | None = None
-    carry: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    check_every: int = 0
-    keep: str = "last"
-
-
-@dataclass(kw_only=True)
-class Job:
-    """Resumable work outside the Trainer, called until it returns True.
-
-    All it knows is in the saved state.
-    """
-
-    name: str
-    step: Callable[[Workshop, dict[str, Any]], bool]
-
-
-class Boundary:
-    """The state machine of a task, and the only place where shapes or base weights may change.
-
-    No optimiser exists while it runs. `persistent` says that factors keep their meaning from task
-    to task.
-    """
-
-    persistent: bool = True
-
-    def start(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> None:
-        """Prepare a task: append ranks, split, collect prototypes."""
-
-    def next(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> Phase | Job | None:
-        """Return the next piece of work, from `state` alone: a killed run finds its way back."""
-        if state.get("trained"):
-            return None
-        state["trained"] = True
-        return Phase()
-
-    def check(self, metrics: dict[str, float], state: dict[str, Any]) -> str:
-        """Answer "go" or "stop" to figures measured inside a phase."""
-        return "go"
-
-    def finish(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> None:
-        """Close a task: statistics while the factors still live, then structure."""
-
-    def deploys(self, workshop: Workshop) -> dict[str, AbstractContextManager[Any]]:
-        """Return what is to be evaluated, each entered around its evaluation."""
-        return {"": nullcontext()}
-
-
-@runtime_checkable
-class Workshop(Protocol):
-    """The engine's services to a boundary."""
-
-    adapter: Adapter
-
-    def data(
-        self, role: str, split: str = "train", *, seed: int | None = None
-    ) -> Iterable[dict[str, Any]]:
-        """Return batches of the current task; with a seed, shuffled by it."""
-
-    def observe(
-        self,
-        batches: Iterable[dict[str, Any]],
-        at: str,
-        wants: frozenset[str],
-        fn: Callable[..., None],
-    ) -> dict[str, Any]:
-        """Run batches and show `fn` what passes "linear", "block" or "head" places."""
-
-    def grads(self, batch: dict[str, Any], params: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Return gradients of the task loss of one extra backward, reduced over processes."""
-
-    def absorb(self) -> None:
-        """Add the adapter's update to the base weights and redraw it."""
-
-    def append(self, name: str, r: int) -> None:
-        """Freeze the live ranks into the bank and give r new ones."""
-
-    def redraw(self) -> None:
-        """Write fresh starting values."""
-
-    def keep(self, layer: Layer, ranks: Tensor) -> None:
-        """Keep some live ranks of one layer, in the given order."""
-
-    @property
-    def replay(self) -> Any:
-        """Return the buffer of stored samples: offered at update end, drawn by key."""
-
-    def replica(self, name: str) -> None:
-        """Keep a frozen copy of the adapter under a name that `Flow.view` can show."""
-
-    def rng(self, name: str) -> torch.Generator:
-        """Return the generator keyed by (seed, task, name)."""
 
 
 def conflicts(rules: Iterable[Rule]) -> list[str]:

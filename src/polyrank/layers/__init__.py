@@ -8,7 +8,7 @@ from polyrank.layers.hosts import BlockHost, HeadHost
 from polyrank.layers.linear import AdaptedLinear
 from polyrank.layers.plugin import install
 from polyrank.layers.root import ensure_flow, hook_of
-from polyrank.layers.structure import absorb, append, grow_head, keep, redraw, replica
+from polyrank.layers.structure import absorb, append, extend, grow_head, keep, redraw, replica
 from polyrank.layers.tuner import PolyrankModel
 from polyrank.layers.verbs import adapt, conditioned, hotswap, load, merge, parameter_groups, view
 from polyrank.layers.views import View
@@ -29,6 +29,7 @@ __all__ = [
     "append",
     "conditioned",
     "ensure_flow",
+    "extend",
     "gate_statistics",
     "grow_head",
     "has_gates",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import cast
+
+from torch import Tensor, nn
 
 from polyrank.errors import ConfigError, InertError, nearest
 from polyrank.frame import Adapter, Block, Head, Method
@@ -50,6 +52,52 @@ class ModelAdapter(Adapter):
                     key = {"block": layer.site.depth, "layer": index, "matrix": id(param)}[by]
                     found.setdefault(key, []).append(param)
         return list(found.values())
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that may train, by names that stay while shapes stay."""
+        found: dict[str, nn.Parameter] = {}
+        for view in self.layers:
+            for role, params in view.parameters().items():
+                for number, param in enumerate(params):
+                    found[f"{view.site.path}.{role}.{number}"] = param
+        for kind, hosts in (("block", self._blocks), ("head", self._heads)):
+            for index, host in enumerate(hosts):
+                for role, params in host.parameters_of(self.name).items():
+                    for number, param in enumerate(params):
+                        found[f"{kind}-{index}.{role}.{number}"] = param
+        return found
+
+    def pairs(self, replica: str) -> list[tuple[Tensor, nn.Parameter]]:
+        """Return (tensor of a replica, live parameter) of everything that may train.
+
+        Of a replica that holds banked ranks too, the part that belongs to the live ones.
+
+        Raises:
+            ConfigError: if the replica is missing, or its shapes are no longer those of today.
+        """
+        found: list[tuple[Tensor, nn.Parameter]] = []
+        for view in self.layers:
+            held = view.module.replica_of(self.name, replica)
+            first = held.shape[1]
+            core = [] if held.core is None else list(held.core.parameters())
+            mine = {"A": [held.A[first:]], "B": [held.B[:, first:]], "core": core}
+            live = view.parameters()
+            live_core = [p for p in view.core.parameters() if "core" in live]
+            live = {**live, **({"core": live_core} if "core" in live else {})}
+            for role, params in live.items():
+                found += zip(mine[role], params, strict=True)
+        for host in self._heads:
+            names = host.parameters_of(self.name)
+            if names:
+                copy = cast("nn.Module", host.copy_of(self.name, replica))
+                found += zip(copy.parameters(), host.owned[self.name].parameters(), strict=True)
+        if wrong := [s for s, p in found if s.shape != p.shape]:
+            raise ConfigError(
+                f"replica {replica!r}: {len(wrong)} of its tensors have the shapes of an earlier "
+                "task; make it anew, or extend its head, after the structure has changed"
+            )
+        trained = {id(p) for params in self.roles().values() for p in params}
+        return [(s, p) for s, p in found if id(p) in trained]
 
     def train_only(self, roles: frozenset[str] | None) -> None:
         """Make exactly these roles trainable; None means all that the method declares."""

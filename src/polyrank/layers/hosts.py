@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from polyrank.errors import ConfigError
 from polyrank.frame import Block, Flow, Head, Method, Site
 from polyrank.layers.trainability import DeclaredTrainability
 
@@ -69,11 +71,13 @@ class HeadHost(_Host):
 
     held = "polyrank_head"
     adapter_layer_names = ("polyrank_head",)
+    other_param_names = ("polyrank_headcopy",)
 
     def __init__(self, base_layer: nn.Module, flow: Flow) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.flow = flow
+        self.polyrank_headcopy = nn.ModuleDict()
 
     def update_head(self, name: str, head: Head, method: Method) -> None:
         """Give an adapter its head."""
@@ -87,12 +91,51 @@ class HeadHost(_Host):
         frozen: frozenset[str] = getattr(self.owned[name], "frozen", frozenset())
         return {"head": [p for n, p in self.owned[name].named_parameters() if n not in frozen]}
 
+    def replicate(self, name: str, replica: str) -> None:
+        """Keep a frozen copy of one adapter's head under a name that `Flow.view` can show."""
+        self.hold(name, replica, cast("Head", copy.deepcopy(self.owned[name])))
+
+    def hold(self, name: str, replica: str, head: Head) -> None:
+        """Keep a head as a replica, frozen."""
+        if name not in self.polyrank_headcopy:
+            self.polyrank_headcopy[name] = nn.ModuleDict()
+        copies = cast("nn.ModuleDict", self.polyrank_headcopy[name])
+        copies[replica] = head.requires_grad_(False)
+
+    def copies(self, name: str) -> dict[str, Head]:
+        """Return the replicas of one adapter's head by name."""
+        if name not in self.polyrank_headcopy:
+            return {}
+        return dict(cast("Any", self.polyrank_headcopy[name]).items())
+
+    def copy_of(self, name: str, replica: str) -> Head:
+        """Return the head that one adapter keeps under a replica's name.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        found = self.copies(name)
+        if replica not in found:
+            raise ConfigError(
+                f"view: got {replica!r}, but adapter {name!r} keeps {sorted(found) or 'none'}; "
+                'use "base" or make one with polyrank.layers.replica(model, name)'
+            )
+        return found[replica]
+
+    def drop(self, adapter_name: str) -> None:
+        """Remove what one adapter owns."""
+        super().drop(adapter_name)
+        if adapter_name in self.polyrank_headcopy:
+            del self.polyrank_headcopy[adapter_name]
+
     def forward(self, embedding: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the logits of the active adapter's head, else of the base classifier."""
-        name = self.active() if self.flow.view != "base" else None
+        view = self.flow.view
+        name = self.active() if view != "base" else None
         if name is None:
             return cast("Tensor", self.base_layer(embedding, *args, **kwargs))
-        return cast("Tensor", self.owned[name](embedding, None))
+        head = self.copy_of(name, view) if view else self.owned[name]
+        return cast("Tensor", head(embedding, None))
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

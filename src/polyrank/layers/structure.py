@@ -5,6 +5,7 @@ No optimiser may exist while they run.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -258,3 +259,29 @@ def replica(model: nn.Module, name: str, *, adapter: str | None = None) -> None:
     for view in found.layers:
         view.module.replicate(found.name, name)
         _note(model, view)
+    for host in (h for h in found.hosts if isinstance(h, HeadHost)):
+        host.replicate(found.name, name)
+        _note_heads(model, host, found.name)
+
+
+def extend(model: nn.Module, name: str, *, adapter: str | None = None) -> None:
+    """Give a replica's head copies of the rows that the live head has gained since.
+
+    Raises:
+        ConfigError: if the adapter keeps no such replica.
+    """
+    found = adapter_of(model, adapter)
+    for host in (h for h in found.hosts if isinstance(h, HeadHost)):
+        old, live = host.copy_of(found.name, name), cast("Head", host.owned[found.name])
+        fresh = copy.deepcopy(live)
+        with torch.no_grad():
+            for kept, param in zip(old.parameters(), fresh.parameters(), strict=True):
+                param[: len(kept)] = kept
+        host.hold(found.name, name, fresh)
+        _note_heads(model, host, found.name)
+
+
+def _note_heads(model: nn.Module, host: HeadHost, name: str) -> None:
+    held = config_of(model, name).head
+    assert held is not None
+    held["replicas"] = {k: list(head.names) for k, head in sorted(host.copies(name).items())}

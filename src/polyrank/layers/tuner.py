@@ -222,6 +222,10 @@ class PolyrankModel(BaseTuner):
         head.grow(names, keyed(self._seed, name, "head"))
         reference = next(module.base_layer.parameters(), torch.empty(0))
         module.update_head(name, head.to(reference.device), self._method)
+        for replica, known in (config.head.get("replicas") or {}).items():
+            kept = self._method.head(known, d) or LinearHead(d)
+            kept.grow(known, keyed(self._seed, name, "head"))
+            module.hold(name, replica, kept.to(reference.device))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Without autocast the factors take the base's dtype; gates and statistics stay fp32.

@@ -1,0 +1,46 @@
+"""Whether a method and strategies can work together, said before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from polyrank.frame.method import Method, Strategy
+from polyrank.frame.slots import PenaltyRule, Rule, conflicts
+
+
+def combination_problems(method: Method, strategies: Sequence[Strategy]) -> list[str]:
+    """List why a method and strategies cannot be combined; empty if they can."""
+    return list(_problems(method, strategies))
+
+
+def _problems(method: Method, strategies: Sequence[Strategy]) -> Iterator[str]:
+    names = [strategy.name for strategy in strategies]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"strategies: {name!r} is given {names.count(name)} times; give it once"
+    rules: list[Rule] = []
+    for entry in (method, *strategies):
+        rules += [*entry.rules(), *(PenaltyRule(penalty) for penalty in entry.penalties())]
+    yield from conflicts(rules)
+    yield from _one_of([s.name for s in strategies if s.task_loss() is not None], "the task loss")
+    yield from _one_of([s.name for s in strategies if s.replay() is not None], "the stored samples")
+    yield from _meaning(method, strategies)
+    for strategy in strategies:
+        others = [other for other in strategies if other is not strategy]
+        yield from (f"{strategy.name}: {reason}" for reason in strategy.unfit(method, others))
+
+
+def _one_of(names: Sequence[str], what: str) -> Iterator[str]:
+    if len(names) > 1:
+        yield f"strategies: {', '.join(names)} all decide {what}; keep one of them"
+
+
+def _meaning(method: Method, strategies: Sequence[Strategy]) -> Iterator[str]:
+    changing = [s.name for s in strategies if s.structural]
+    if not method.boundary().persistent:
+        changing.append(method.name)
+    for strategy in strategies:
+        if strategy.persistent and changing:
+            yield (
+                f"{strategy.name}: needs factors that keep their meaning from task to task, but "
+                f"{', '.join(changing)} begins anew after each; drop one of them"
+            )

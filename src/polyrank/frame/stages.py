@@ -1,0 +1,183 @@
+"""What the work on a task consists of, and the services of the engine that do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from polyrank.frame.slots import Adapter, Group, Layer
+
+
+@dataclass(kw_only=True)
+class Phase:
+    """One Trainer run inside a task: `steps` updates of the roles in `train`.
+
+    0 steps stand for the run's own schedule. `span` = (first, total) places the phase in a
+    learning-rate schedule shared by several phases; `carry` maps the old optimiser state to the new
+    one; `keep` is "last" or "best" (the best snapshot is put back at the end).
+    """
+
+    name: str = "train"
+    steps: int = 0
+    train: frozenset[str] | None = None
+    losses: tuple[str, ...] | None = None
+    groups: list[Group] | None = None
+    span: tuple[int, int] | None = None
+    carry: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    check_every: int = 0
+    keep: str = "last"
+
+
+@dataclass(kw_only=True)
+class Job:
+    """Resumable work outside the Trainer, called until it returns True.
+
+    All it knows is in the saved state.
+    """
+
+    name: str
+    step: Callable[[Workshop, dict[str, Any]], bool]
+
+
+class Boundary:
+    """The state machine of a task, and the only place where shapes or base weights may change.
+
+    No optimiser exists while it runs. `persistent` says that factors keep their meaning from task
+    to task.
+    """
+
+    persistent: bool = True
+
+    def start(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> None:
+        """Prepare a task: append ranks, split, collect prototypes."""
+
+    def next(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> Phase | Job | None:
+        """Return the next piece of work, from `state` alone: a killed run finds its way back."""
+        if state.get("trained"):
+            return None
+        state["trained"] = True
+        return Phase()
+
+    def check(self, metrics: dict[str, float], state: dict[str, Any]) -> str:
+        """Answer "go" or "stop" to figures measured inside a phase."""
+        return "go"
+
+    def finish(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> None:
+        """Close a task: statistics while the factors still live, then structure."""
+
+    def deploys(self, workshop: Workshop) -> dict[str, AbstractContextManager[Any]]:
+        """Return what is to be evaluated, each entered around its evaluation."""
+        return {"": nullcontext()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Which samples a strategy asks the engine to keep, and how it wants them back.
+
+    Rows are offered once, at the end of the update that trained on them, and replayed rows never.
+    Which ones stay and which ones are drawn is keyed, so that a resumed run sees the same.
+
+    Args:
+        capacity: rows kept at most, or if below 1 their share of the stream's training rows.
+        by: "stream", a reservoir over all that was offered; "class" or "task", equal parts.
+        bytes: limit of what the rows and their stored logits take, 0 for none.
+        ratio: replayed rows for every current row of a micro-batch; 0 adds none to batches.
+        draws: 2 adds a second independent draw of the same size, under the role "again".
+        stores: a part of {"logits"}: what is kept with a row from the forward that trained on it.
+        shared: whether the task loss reads replayed rows too, as one batch with the current ones.
+    """
+
+    capacity: float = 0.05
+    by: str = "stream"
+    bytes: int = 0
+    ratio: float = 1.0
+    draws: int = 1
+    stores: frozenset[str] = frozenset()
+    shared: bool = True
+
+
+@runtime_checkable
+class Buffer(Protocol):
+    """Stored samples of earlier updates."""
+
+    def __len__(self) -> int:
+        """Return the number of rows kept."""
+
+    def tasks(self) -> list[int]:
+        """Return the numbers of the tasks that have rows here, ascending."""
+
+    def draw(self, count: int, *key: int | str, task: int | None = None) -> dict[str, Tensor]:
+        """Return min(count, kept) different rows as one batch, drawn by (seed, key)."""
+
+
+@runtime_checkable
+class Workshop(Protocol):
+    """The engine's services to boundaries, rules, losses and penalties.
+
+    Attributes:
+        adapter: the adapter as it is now.
+        classes: classes of the current task, in the order of the head's rows; empty for text.
+        known: number of classes of all earlier tasks: rows 0..known-1 of the head.
+        first: whether no task was finished before this one.
+    """
+
+    adapter: Adapter
+    classes: tuple[int, ...]
+    known: int
+    first: bool
+
+    def memory(self, name: str) -> dict[str, Any]:
+        """Return what an entry of that name keeps from task to task.
+
+        Tensors and plain values, saved with the run.
+        """
+
+    def data(
+        self, role: str, split: str = "train", *, seed: int | None = None
+    ) -> Iterable[dict[str, Any]]:
+        """Return batches of the current task; with a seed, shuffled by it."""
+
+    def observe(
+        self,
+        batches: Iterable[dict[str, Any]],
+        at: str,
+        wants: frozenset[str],
+        fn: Callable[..., None],
+    ) -> dict[str, Any]:
+        """Run batches and show `fn` what passes "linear", "block" or "head" places."""
+
+    def grads(self, batch: dict[str, Any], params: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Return gradients of the task loss of one extra backward, reduced over processes."""
+
+    def absorb(self) -> None:
+        """Add the adapter's update to the base weights and redraw it."""
+
+    def append(self, name: str, r: int) -> None:
+        """Freeze the live ranks into the bank and give r new ones."""
+
+    def redraw(self) -> None:
+        """Write fresh starting values."""
+
+    def keep(self, layer: Layer, ranks: Tensor) -> None:
+        """Keep some live ranks of one layer, in the given order."""
+
+    @property
+    def replay(self) -> Buffer:
+        """Return the buffer of stored samples: offered at update end, drawn by key."""
+
+    def replica(self, name: str) -> None:
+        """Keep a frozen copy of the adapter under a name that `Flow.view` can show."""
+
+    def extend(self, name: str) -> None:
+        """Give a replica's head the classes that the live head has gained since."""
+
+    def view(self, name: str) -> AbstractContextManager[Any]:
+        """Show "base" or a replica inside the block."""
+
+    def rng(self, name: str) -> torch.Generator:
+        """Return the generator keyed by (seed, task, name)."""
