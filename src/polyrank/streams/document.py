@@ -77,8 +77,8 @@ class _Loader(yaml.SafeLoader):
         return found
 
 
-def document(path: Path) -> Mapping[str, Any]:
-    """The content of a file.
+def document(path: Path, what: str = "stream") -> Mapping[str, Any]:
+    """The content of a file; `what` it is stands in messages.
 
     Raises:
         StreamError: if it cannot be read, or is no YAML.
@@ -89,9 +89,9 @@ def document(path: Path) -> Mapping[str, Any]:
     except FileNotFoundError as error:
         there = path.parent.glob("*.y*ml") if path.parent.is_dir() else ()
         hint = nearest(path.name, [other.name for other in there]) or " correct the path"
-        raise StreamError(f"stream: the file {str(path)!r} does not exist;{hint}") from error
+        raise StreamError(f"{what}: the file {str(path)!r} does not exist;{hint}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise StreamError(f"stream: cannot read {str(path)!r}: {error}; correct it") from error
+        raise StreamError(f"{what}: cannot read {str(path)!r}: {error}; correct it") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""

@@ -5,7 +5,7 @@ holds for all tasks may stand beside `tasks` once; a task's own word wins.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -154,6 +154,9 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+M = TypeVar("M", bound=Model)
+
+
 class Part(Model):
     """Which rows a role gets; a word alone is `from`, a number alone `fraction`.
 
@@ -281,18 +284,32 @@ def read(document: Any) -> tuple[StreamSpec, list[tuple[Path, str]], set[Path]]:
         (the specification, faults as (key path, message), paths that nothing more is to be said
         about).
     """
+    return read_as(StreamSpec, document, "tasks", _keys)
+
+
+def read_as(
+    model: type[M], document: Any, example: str, keys: Callable[[Path], list[str]]
+) -> tuple[M, list[tuple[Path, str]], set[Path]]:
+    """Validate a document against any model, as `read` does.
+
+    Args:
+        model: what the document is to be.
+        document: what was read from a file.
+        example: a key that it may have, for the message if it has none.
+        keys: the keys that may stand beside the last one of a key path.
+    """
     if not isinstance(document, dict):
-        message = f"got {shown(document)}, expected keys with values such as `tasks:`"
-        return StreamSpec(), [((), message)], {()}
+        message = f"got {shown(document)}, expected keys with values such as `{example}:`"
+        return model(), [((), message)], {()}
     faults: list[tuple[Path, str]] = []
     silent: set[Path] = set()
-    while found := _errors(document):
+    while found := _errors(model, document):
         for fault in found:
-            where, message, guess = _told(fault)
+            where, message, guess = _told(fault, keys)
             faults.append((where, message))
             silent |= {where} | ({(*where[:-1], guess)} if guess else set())
             document = _without(document, where)
-    return StreamSpec.model_validate(document), faults, silent
+    return model.model_validate(document), faults, silent
 
 
 def written(path: Path) -> str:
@@ -316,18 +333,18 @@ def merged(common: Common, task: TaskSpec) -> TaskSpec:
     return TaskSpec.model_construct(name=task.name, **found)
 
 
-def _errors(document: Any) -> list[ErrorDetails]:
+def _errors(model: type[Model], document: Any) -> list[ErrorDetails]:
     try:
-        StreamSpec.model_validate(document)
+        model.model_validate(document)
     except ValidationError as error:
         return error.errors(include_url=False)
     return []
 
 
-def _told(fault: ErrorDetails) -> tuple[Path, str, str]:
+def _told(fault: ErrorDetails, keys: Callable[[Path], list[str]]) -> tuple[Path, str, str]:
     where, given = tuple(fault["loc"]), fault["input"]
     if fault["type"] == "extra_forbidden":
-        known = _keys(where)
+        known = keys(where)
         guess = nearest(str(where[-1]), known)
         text = f"unknown key, expected one of {', '.join(known)}; leave it out"
         text = f"unknown key;{guess}" if guess else text
