@@ -275,8 +275,8 @@ class Strategy(_Slots):
 
     kind: ClassVar[str] = "strategy"
     pools: ClassVar[bool] = False
-    structural: bool = False
-    persistent: bool = False
+    structural: ClassVar[bool] = False
+    persistent: ClassVar[bool] = False
 
     def boundary(self) -> Boundary | None:
         """Return what happens between tasks, or None; its `next` gives jobs and no phases."""

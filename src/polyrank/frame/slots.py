@@ -252,7 +252,7 @@ class Penalty:
         """Meet the adapter and the engine's services, once per phase."""
 
     def __call__(self, adapter: Adapter, step: Step) -> Tensor:
-        """Return a 0-d tensor differentiable in the adapter's parameters."""
+        """Return a 0-d tensor differentiable in the adapter's parameters; a constant adds none."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__(adapter, step)")
 
 
@@ -264,7 +264,8 @@ class PenaltyRule(Rule):
 
     def __init__(self, penalty: Penalty) -> None:
         self.penalty = penalty
-        self.value = 0.0
+        # Stays on its device: turning it into a number every update would wait for all work before.
+        self.value: Tensor | float = 0.0
 
     @property
     def name(self) -> str:
@@ -283,11 +284,14 @@ class PenaltyRule(Rule):
         params = [p for group in self.adapter.roles().values() for p in group if p.requires_grad]
         with torch.enable_grad():
             loss = self.penalty(self.adapter, step) * self.penalty.weight
+        self.value = loss.detach()
+        if not loss.requires_grad:
+            # A penalty that has nothing to hold on to yet, as in a first task.
+            return
         found = torch.autograd.grad(loss, params, allow_unused=True)
         for param, grad in zip(params, found, strict=True):
             if grad is not None:
                 param.grad = grad if param.grad is None else param.grad.add_(grad)
-        self.value = float(loss.detach())
 
 
 def conflicts(rules: Iterable[Rule]) -> list[str]:

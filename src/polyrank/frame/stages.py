@@ -154,6 +154,9 @@ class Workshop(Protocol):
     def grads(self, batch: dict[str, Any], params: Sequence[nn.Parameter]) -> list[Tensor]:
         """Return gradients of the task loss of one extra backward, reduced over processes."""
 
+    def logits(self, batch: dict[str, Any]) -> Tensor:
+        """Return what the model answers in evaluation mode, without gradients."""
+
     def absorb(self) -> None:
         """Add the adapter's update to the base weights and redraw it."""
 
