@@ -5,9 +5,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 SCHEMA = 1
-STATUSES = ("running", "done", "failed")
+STATUSES = ("running", "done", "failed", "interrupted")
 ROLES = ("method", "reference")
 VIEWS = ("unrestricted", "restricted")
+# Scores that lie in 0..1; a task without a metric is scored by accuracy. Others are any numbers.
+FRACTIONS = frozenset(
+    {"accuracy", "choice_accuracy", "edit_similarity", "exact_match", "f1", "rouge_l", "sari"}
+)
 # The part of run.json that says which run it is; the rest says where and when it ran.
 IDENTITY: dict[str, type] = {
     "method": dict,
@@ -45,6 +49,16 @@ _SYSTEM: dict[str, type | tuple[type, ...]] = {
     "adapter": (str, type(None)),
     "routing": (dict, type(None)),
 }
+# What may be left out: scores on what no task trains, before the first task and after each; the
+# same figures on validation rows; replayed rows per update; which of several models it is.
+_TASK_MORE: dict[str, type | tuple[type, ...]] = {"metric": str}
+_SYSTEM_MORE: dict[str, type | tuple[type, ...]] = {
+    "general": (list, type(None)),
+    "validation": (dict, type(None)),
+    "extra_samples": (int, float, type(None)),
+    "deploy": (str, type(None)),
+}
+_FIGURES: dict[str, type | tuple[type, ...]] = {**dict.fromkeys(VIEWS, list), "metrics": dict}
 
 
 def run_problems(data: Any) -> list[str]:
@@ -74,15 +88,16 @@ def results_problems(data: Any) -> list[str]:
     if not data["tasks"]:
         found.append("results.json: tasks: got none, expected at least one")
     for j, task in enumerate(data["tasks"]):
-        found += _keys(task, _TASK, f"results.json: tasks[{j}]")
+        found += _keys(task, _TASK, f"results.json: tasks[{j}]", _TASK_MORE)
+    metrics = [_metric(task) for task in data["tasks"]]
     names = []
     for i, system in enumerate(data["systems"]):
         where = f"results.json: systems[{i}]"
-        missing = _keys(system, _SYSTEM, where)
+        missing = _keys(system, _SYSTEM, where, _SYSTEM_MORE)
         found += missing
         if not missing:
             names.append(system["name"])
-            found += _system(system, len(data["tasks"]), where)
+            found += _system(system, metrics, where)
     twice = sorted({name for name in names if names.count(name) > 1})
     found += [f"results.json: systems: got {name!r} twice, expected unique names" for name in twice]
     return found
@@ -93,9 +108,12 @@ def map_scores(data: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[st
     systems = []
     for system in data["systems"]:
         new = dict(system)
-        for view in VIEWS:
-            new[view] = _deep(system[view], change)
-        new["metrics"] = _deep(system["metrics"], change)
+        for key in (*_FIGURES, "general"):
+            if new.get(key) is not None:
+                new[key] = _deep(new[key], change)
+        if new.get("validation") is not None:
+            held = new["validation"]
+            new["validation"] = {**held, **{key: _deep(held[key], change) for key in _FIGURES}}
         if system["routing"] is not None:
             routing = system["routing"]
             scores = {key: _deep(routing[key], change) for key in ("load", "entropy")}
@@ -104,24 +122,49 @@ def map_scores(data: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[st
     return {**data, "systems": systems}
 
 
-def _system(system: Mapping[str, Any], size: int, where: str) -> Iterator[str]:
+def _system(system: Mapping[str, Any], metrics: list[str | None], where: str) -> Iterator[str]:
+    size = len(metrics)
     if system["role"] not in ROLES:
         yield f"{where}.role: got {system['role']!r}, expected one of {ROLES}"
-    for view in VIEWS:
-        rows = system[view]
-        if len(rows) != size or any(not isinstance(r, list) or len(r) != size for r in rows):
-            yield f"{where}.{view}: expected a matrix of {size} x {size}, one row and column a task"
-        elif bad := [x for row in rows for x in row if not _score(x)]:
-            yield f"{where}.{view}: got {bad[0]!r}, expected a fraction 0..1, or null"
+    yield from _figures(system, metrics, where)
     counts = system["counts"]
     if len(counts) != size or any(type(n) is not int or n < 1 for n in counts):
         yield f"{where}.counts: got {counts!r}, expected {size} whole numbers above 0"
-    for view in VIEWS:
-        values = system["metrics"].get(view)
-        if not isinstance(values, Mapping) or any(not _number(x) for x in values.values()):
-            yield f"{where}.metrics.{view}: got {values!r:.80}, expected names with numbers or null"
     if system["routing"] is not None:
         yield from _routing(system["routing"], f"{where}.routing")
+    held = system.get("validation")
+    if held is not None:
+        wrong = _keys(held, _FIGURES, f"{where}.validation")
+        yield from wrong or _figures(held, metrics, f"{where}.validation")
+    kept = system.get("general")
+    if kept is not None and (not 1 <= len(kept) <= size + 1 or not all(map(_number, kept))):
+        yield (
+            f"{where}.general: got {kept!r:.80}, expected up to {size + 1} numbers or null, the "
+            "score before the first task and after each"
+        )
+    extra = system.get("extra_samples")
+    if extra is not None and not (_number(extra) and extra >= 0):
+        yield f"{where}.extra_samples: got {extra!r}, expected a number of at least 0, or null"
+
+
+def _figures(part: Mapping[str, Any], metrics: list[str | None], where: str) -> Iterator[str]:
+    """Yield the faults of two matrices and what was computed from them."""
+    size = len(metrics)
+    for view in VIEWS:
+        rows = part[view]
+        if len(rows) != size or any(not isinstance(r, list) or len(r) != size for r in rows):
+            yield f"{where}.{view}: expected a matrix of {size} x {size}, one row and column a task"
+            continue
+        columns = list(zip(metrics, zip(*rows, strict=True), strict=True))
+        wrong = [(x, name) for name, column in columns for x in column if not _score(x, name)]
+        if wrong:
+            value, name = wrong[0]
+            expected = "a fraction 0..1" if _fraction(name) else f"a finite {name}"
+            yield f"{where}.{view}: got {value!r}, expected {expected}, or null"
+    for view in VIEWS:
+        values = part["metrics"].get(view)
+        if not isinstance(values, Mapping) or any(not _number(x) for x in values.values()):
+            yield f"{where}.metrics.{view}: got {values!r:.80}, expected names with numbers or null"
 
 
 def _routing(routing: Mapping[str, Any], where: str) -> Iterator[str]:
@@ -145,11 +188,17 @@ def _routing(routing: Mapping[str, Any], where: str) -> Iterator[str]:
             yield f"{where}.{key}: expected numbers of at least 0, or null"
 
 
-def _keys(data: Any, expected: Mapping[str, type | tuple[type, ...]], where: str) -> list[str]:
+def _keys(
+    data: Any,
+    expected: Mapping[str, type | tuple[type, ...]],
+    where: str,
+    more: Mapping[str, type | tuple[type, ...]] | None = None,
+) -> list[str]:
+    """The keys that are missing, and those of another type; `more` may be missing."""
     if not isinstance(data, Mapping):
         return [f"{where}: got {type(data).__name__}, expected an object"]
     found = [f"{where}: {key!r} is missing" for key in expected if key not in data]
-    for key, kind in expected.items():
+    for key, kind in {**expected, **(more or {})}.items():
         if key in data and (not isinstance(data[key], kind) or isinstance(data[key], bool)):
             kinds = kind if isinstance(kind, tuple) else (kind,)
             words = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
@@ -164,13 +213,25 @@ def _version(data: Mapping[str, Any], where: str) -> list[str]:
 
 
 def _number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    if value is None:
+        return True
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and not math.isinf(value)
 
 
-def _score(value: Any) -> bool:
+def _score(value: Any, metric: str | None) -> bool:
     if not _number(value):
         return False
-    return value is None or math.isnan(value) or 0 <= value <= 1
+    return value is None or math.isnan(value) or not _fraction(metric) or 0 <= value <= 1
+
+
+def _metric(task: Any) -> str | None:
+    name = task.get("metric") if isinstance(task, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+def _fraction(metric: str | None) -> bool:
+    return metric is None or metric in FRACTIONS
 
 
 def _deep(value: Any, change: Callable[[Any], Any]) -> Any:
