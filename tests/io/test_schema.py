@@ -9,7 +9,7 @@ from polyrank.io import schema
 NAN = math.nan
 
 
-def results(metrics=(None, None), **changes):
+def results(scored=(None, None), **changes):
     system = {
         "name": "lora",
         "label": "lora r=8",
@@ -25,13 +25,13 @@ def results(metrics=(None, None), **changes):
     }
     tasks = [
         {"name": n, "labels": None, "n_train": 9, "n_test": 4, **({"metric": m} if m else {})}
-        for n, m in zip("ab", metrics, strict=True)
+        for n, m in zip("ab", scored, strict=True)
     ]
     return {"schema": 1, "tasks": tasks, "systems": [{**system, **changes}]}
 
 
-def faults(*metrics, **changes):
-    return schema.results_problems(results(*metrics, **changes))
+def faults(*scored, **changes):
+    return schema.results_problems(results(*scored, **changes))
 
 
 HELD = {
