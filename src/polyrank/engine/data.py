@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils import data
 
 from polyrank.frame import seed_of
-from polyrank.streams import Dataset
+from polyrank.streams import Dataset, Task
 
 
 class TaskRows(data.Dataset[dict[str, Any]]):
-    """Rows of one or several tasks, one after another, as a torch dataset."""
+    """Rows of one or several tasks, one after another, as a torch dataset.
+
+    Each row gets "row", its number in its own part.
+    """
 
     def __init__(self, parts: Sequence[Any]) -> None:
         self.parts = list(parts)
@@ -26,20 +28,17 @@ class TaskRows(data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         part = int(np.searchsorted(self.ends, index, side="right"))
-        row: dict[str, Any] = self.parts[part][index - (self.ends[part - 1] if part else 0)]
-        return row
+        number = index - int(self.ends[part - 1] if part else 0)
+        return {**self.parts[part][number], "row": number}
 
 
-def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Stack rows; the class goes under "labels", the name that Trainer counts."""
-    batch = {}
-    for key in rows[0]:
-        name = "labels" if key == "label" else key
-        batch[name] = torch.from_numpy(np.stack([np.asarray(row[key]) for row in rows]))
-    return batch
-
-
-def batches(rows: Dataset, size: int, *, seed: int | None = None) -> Iterator[dict[str, Tensor]]:
+def batches(
+    rows: Dataset,
+    size: int,
+    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]],
+    *,
+    seed: int | None = None,
+) -> Iterator[dict[str, Tensor]]:
     """Yield batches in order, or in the order that the seed draws."""
     count = len(rows)
     order = np.arange(count)
@@ -47,3 +46,8 @@ def batches(rows: Dataset, size: int, *, seed: int | None = None) -> Iterator[di
         order = np.random.default_rng(seed_of("order", seed)).permutation(count)
     for start in range(0, count, size):
         yield collate([rows[int(i)] for i in order[start : start + size]])
+
+
+def train_rows(task: Task) -> Dataset:
+    """Return the rows that a task is trained on: its texts, if it has no examples."""
+    return task.data["train"] if "train" in task.data else task.data["text"]

@@ -1,122 +1,150 @@
-"""One phase of a task: a fresh Trainer over the task's rows."""
+"""One phase of a task: a fresh Trainer over the task's rows, that can stop and go on anywhere."""
 
 from __future__ import annotations
 
-import math
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from polyrank.engine.data import TaskRows, collate
+from polyrank.engine.data import TaskRows
+from polyrank.engine.objective import Objective
+from polyrank.engine.order import KeyedOrder
+from polyrank.engine.phase_trainer import PhaseTrainer, Steps
 from polyrank.engine.progress import Watch
+from polyrank.engine.reading import Reader
 from polyrank.engine.settings import Settings
-from polyrank.engine.trainer import Trainer
-from polyrank.errors import ConfigError, RunError
-from polyrank.frame import Phase, Strategy, seed_of
-from polyrank.layers import adapter_of
+from polyrank.errors import ConfigError
+from polyrank.frame import Method, Phase, Strategy, seed_of
+from polyrank.layers import ModelAdapter, adapter_of
 
-UNSERVED = ("losses", "groups", "span", "carry", "check_every", "keep")
-
-
-def class_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """Return the cross-entropy over the seen classes: its sum over the rows of the whole update."""
-    logits = outputs["logits"].float()
-    count = len(labels) if num_items_in_batch is None else num_items_in_batch
-    return F.cross_entropy(logits, labels, reduction="sum") / count
+# Called at the end of every update with a function that gives the phase's state.
+Pause = Callable[[Callable[[], dict[str, Any]]], None]
 
 
-class _Steps(TrainerCallback):
-    """Reports losses and stops a run that diverged."""
+@dataclass(kw_only=True)
+class Training:
+    """What a phase trains with, whatever the phase.
 
-    def __init__(self, watch: Watch, where: dict[str, Any]) -> None:
-        self.watch, self.where = watch, where
+    Attributes:
+        parts: training rows, one dataset a task.
+        ends: called after the update that finished part i of `parts`, if given; then the parts
+            come in their order and nothing else marks where one ends.
+        shown: number of the task as rules may see it.
+        hidden: whether the scenario hides which task a row belongs to.
+        carried: optimiser state at the end of the task's last phase.
+        check: scores the validation rows, for phases that are checked.
+        pause: called at the end of every update.
+    """
 
-    def on_log(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is None:
-            return
-        if not math.isfinite(loss):
-            raise RunError(
-                f"loss: got {loss} at {self.where['system']}, task {self.where['task']!r}, step "
-                f"{state.global_step}; lower the learning rate with --train lr=..., or clip harder "
-                "with --train max_grad_norm=..."
-            )
-        self.watch(
-            "step",
-            {**self.where, "step": state.global_step, "total": state.max_steps, "loss": loss},
-        )
+    model: nn.Module
+    reader: Reader
+    method: Method
+    strategies: tuple[Strategy, ...]
+    settings: Settings
+    parts: Sequence[Any]
+    task: int
+    shown: int
+    seed: int
+    workshop: Any
+    watch: Watch
+    where: dict[str, Any]
+    hidden: bool = False
+    buffer: Any = None
+    ends: Callable[[int], None] | None = None
+    carried: dict[str, Any] | None = None
+    check: Callable[[], str] | None = None
+    validate: Callable[[], float] | None = None
+    pause: Pause = field(default=lambda make: None)
 
 
-def run_phase(
-    model: nn.Module,
-    rows: TaskRows,
-    phase: Phase,
-    settings: Settings,
-    *,
-    task: int,
-    seed: int,
-    strategies: tuple[Strategy, ...],
-    workshop: Any,
-    watch: Watch,
-    where: dict[str, Any],
-) -> float:
-    """Train one phase and return the mean loss.
+def run_phase(run: Training, phase: Phase, resume: dict[str, Any] | None = None) -> float:
+    """Train one phase and return the mean loss since it began, or since it was resumed.
+
+    Args:
+        run: what to train.
+        phase: how long, and which roles.
+        resume: what `pause` was given, to go on from there.
 
     Raises:
-        ConfigError: if the phase names a role that the method does not have, or asks for
-            something that is not served yet.
+        ConfigError: if the phase names roles, losses or checks that there are none of.
         RunError: if the loss is not finite.
     """
-    adapter = adapter_of(model)
-    if phase.train is not None and (unknown := phase.train - set(adapter.roles())):
-        raise ConfigError(
-            f"phase {phase.name!r}: trains {sorted(unknown)}, but the adapter has "
-            f"{sorted(adapter.roles())}"
-        )
-    # Every field that is set is served or refused.
-    asks = [name for name in UNSERVED if getattr(phase, name) != getattr(Phase(), name)]
-    if asks:
-        raise ConfigError(
-            f"phase {phase.name!r}: sets {', '.join(asks)}; the engine serves none yet"
-        )
+    adapter = adapter_of(run.model)
+    problems = _problems(run, phase, adapter)
+    if problems:
+        raise ConfigError([f"phase {phase.name!r}: {problem}" for problem in problems])
     adapter.train_only(phase.train)
-    steps = phase.steps or settings.epochs * -(
-        -len(rows) // (settings.batch_size * settings.accumulation)
-    )
-    watch("phase", {**where, "phase": phase.name, "total": steps})
+    rows = TaskRows(run.parts)
+    settings = run.settings
+    key = (run.seed, run.task, phase.name)
+    # Without marks between tasks, each part is repeated before the next one begins.
+    flowing = run.ends is not None
+    sizes = [len(part) for part in run.parts] if flowing else [len(rows)]
+    order = KeyedOrder(sizes, *key, repeats=settings.epochs if flowing else 1)
+    per_epoch = -(-len(order) // (settings.batch_size * settings.accumulation * _processes()))
+    steps = phase.steps or per_epoch * (1 if flowing else settings.epochs)
+    run.watch("phase", {**run.where, "phase": phase.name, "total": steps})
+    objective = Objective(run.reader, run.method, run.strategies, phase.losses)
+    objective.bind(adapter, run.workshop)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            model=model,
-            args=_arguments(settings, scratch, steps, seed_of(seed, task, phase.name) % 2**31),
+        trainer = PhaseTrainer(
+            model=run.model,
+            args=_arguments(settings, phase, scratch, steps, seed_of(*key) % 2**31),
             train_dataset=rows,
-            data_collator=collate,
-            compute_loss_func=class_loss,
-            callbacks=[_Steps(watch, where)],
+            data_collator=run.reader.collate,
         )
-        trainer.strategies, trainer.task_index, trainer.phase_name = strategies, task, phase.name
-        trainer.workshop = workshop
+        trainer.prepare_phase(run, phase, objective, order, resume)
         trainer.pop_callback(PrinterCallback)
+        trainer.add_callback(Steps(trainer, run, phase, order))
+        again = None
+        if resume is not None:
+            again = scratch
+            (Path(scratch) / "trainer_state.json").write_text(resume["trainer"], encoding="utf-8")
         try:
-            output = trainer.train()
+            output = trainer.train(resume_from_checkpoint=again)
+            trainer.restore_best()
+            run.carried = trainer.optimizer_kept()
         finally:
             adapter.train_only(None)
-            model.eval()
+            run.model.eval()
     return float(output.training_loss)
 
 
-def _arguments(settings: Settings, folder: str, steps: int, seed: int) -> TrainingArguments:
+def _problems(run: Training, phase: Phase, adapter: ModelAdapter) -> list[str]:
+    found = []
+    roles = set(adapter.roles())
+    if phase.train is not None and (unknown := phase.train - roles):
+        found.append(f"trains {sorted(unknown)}, but the adapter has {sorted(roles)}")
+    if phase.groups is not None:
+        found.append("sets its own groups, which the engine does not serve; use Method.groups")
+    if phase.keep not in ("last", "best"):
+        found.append(f"keep: got {phase.keep!r}, expected 'last' or 'best'")
+    if phase.keep == "best" and not phase.check_every:
+        found.append("keep: 'best' needs check_every > 0, or nothing is ever compared")
+    if phase.check_every and run.validate is None:
+        found.append("check_every: the task has no validation rows to check on; add some")
+    if phase.span is not None and not 0 <= phase.span[0] < phase.span[1]:
+        found.append(f"span: got {phase.span}, expected (first, total) with 0 <= first < total")
+    return found
+
+
+def _processes() -> int:
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _arguments(
+    settings: Settings, phase: Phase, folder: str, steps: int, seed: int
+) -> TrainingArguments:
+    total = phase.span[1] if phase.span else steps
     return TrainingArguments(
         output_dir=folder,
         max_steps=steps,
@@ -125,7 +153,7 @@ def _arguments(settings: Settings, folder: str, steps: int, seed: int) -> Traini
         learning_rate=settings.lr,
         weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.schedule,
-        warmup_steps=int(settings.warmup * steps) if settings.schedule != "constant" else 0,
+        warmup_steps=int(settings.warmup * total) if settings.schedule != "constant" else 0,
         max_grad_norm=settings.max_grad_norm,
         logging_steps=max(1, steps // 20),
         logging_nan_inf_filter=False,

@@ -8,10 +8,11 @@ from typing import Any, cast
 
 from polyrank.engine.settings import Settings
 from polyrank.errors import ConfigError, nearest
-from polyrank.frame import Boundary, Method, Strategy
+from polyrank.frame import Method, Strategy, combination_problems
 from polyrank.frame import method as make
-from polyrank.streams import Stream
+from polyrank.streams import SCENARIOS, Stream
 from polyrank.streams import stream as find_stream
+from polyrank.streams.kinds import METRICS
 
 REFERENCES = ("sequential", "joint", "probe")
 
@@ -41,8 +42,9 @@ class Plan:
     strategies: tuple[Strategy, ...]
     references: tuple[str, ...]
     settings: Settings
-    target_modules: list[str] | str
+    target_modules: list[str] | str | None
     seed: int
+    validate: bool = False
 
     @classmethod
     def build(
@@ -50,10 +52,11 @@ class Plan:
         stream: Stream | str,
         method: Method | str,
         strategies: Iterable[Strategy | str],
-        references: Sequence[str],
+        references: Sequence[str] | None,
         train: Settings | dict[str, Any] | None,
-        target_modules: list[str] | str,
+        target_modules: list[str] | str | None,
         seed: int,
+        validate: bool = False,
     ) -> Plan:
         """Look up what is given by name and check how all of it fits together.
 
@@ -77,6 +80,8 @@ class Plan:
             train if isinstance(train, Settings) else found(Settings.build, dict(train or {}))
         )
         problems += _kinds(chosen, combined)
+        if references is None:
+            references = REFERENCES if tasks is None else fitting(tasks)
         problems += unknown(references)
         plan = cls(
             stream=tasks,
@@ -86,6 +91,7 @@ class Plan:
             settings=settings,
             target_modules=target_modules,
             seed=seed,
+            validate=validate,
         )
         whole = isinstance(chosen, Method) and all(isinstance(s, Strategy) for s in combined)
         if whole and tasks is not None and settings is not None:
@@ -99,24 +105,53 @@ class Plan:
         for entry in (self.method, *self.strategies):
             yield from (f"{entry.name}: {problem}" for problem in entry.checks())
         yield from (f"train: {problem}" for problem in self.settings.problems())
-        yield from _unserved(self.method)
-        for strategy in self.strategies:
-            yield from _unserved(strategy)
-        if stream.scenario != "class-incremental":
+        yield from combination_problems(self.method, self.strategies)
+        if wants := self.method.init().wants:
             yield (
-                f"stream: {stream.name!r} is {stream.scenario}; "
-                "class-incremental streams can be run"
+                f"{self.method.name}: its start wants {sorted(wants)}, which the engine does not "
+                "gather yet"
             )
-        yield from _unfit(stream)
-        offers = {"class_names"}
-        if stream.visible.task_id_train and stream.visible.task_id_test:
-            offers.add("task_id")
+        if stream.scenario == "unlearning":
+            yield f"stream: {stream.name!r} is {stream.scenario}, which has no engine yet"
+        yield from self._readings()
+        offers = offered(stream)
         for entry in (self.method, *self.strategies):
             for need in sorted(entry.needs - offers):
                 yield (
                     f"{entry.name}: needs {need.replace('_', ' ')}, which stream {stream.name!r} "
                     f"({stream.scenario}) does not give; choose another method or another stream"
                 )
+        if "probe" in self.references and "probe" not in fitting(stream):
+            yield (
+                f"references: the probe needs classes, and stream {stream.name!r} has none; "
+                "leave it out"
+            )
+        if self.validate and (bare := [t.name for t in stream if not t.size("validation")]):
+            yield (
+                f"validate: tasks {', '.join(bare[:3])} have no validation rows; give the stream "
+                "some, or leave validation out"
+            )
+
+    def _readings(self) -> Iterator[str]:
+        """Yield what would read a training row more often than the stream allows."""
+        if self.stream.passes != 1:
+            return
+        if self.settings.epochs != 1:
+            yield (
+                f"train: epochs: got {self.settings.epochs}, but every row of stream "
+                f"{self.stream.name!r} ({self.stream.scenario}) may be read once; use epochs=1"
+            )
+
+    def restricts(self) -> bool:
+        """Say whether a choice among a task's own classes differs from one among all."""
+        return SCENARIOS[self.stream.scenario].classes != "equal"
+
+    def limits(self) -> tuple[float, float]:
+        """Return the range of the stream's scores."""
+        ranges = [METRICS[task.metric] for task in self.stream if task.metric in METRICS]
+        if not ranges:
+            return (0.0, 1.0)
+        return min(low for low, _ in ranges), max(high for _, high in ranges)
 
     def systems(self) -> list[System]:
         """Return what is compared: the method, and LoRA of equal rank unless it is that itself."""
@@ -146,7 +181,7 @@ class Plan:
                 found.append(system)
         return found
 
-    def record(self, model: dict[str, Any]) -> dict[str, Any]:
+    def record(self, model: dict[str, Any], targets: list[str] | str) -> dict[str, Any]:
         """Return what identifies the run in run.json; `model` describes the base."""
         return {
             "method": {"name": self.method.name, "options": self.method.options()},
@@ -154,9 +189,10 @@ class Plan:
             "references": list(self.references),
             "stream": self.stream.describe(),
             "model": model,
-            "target_modules": self.target_modules,
+            "target_modules": targets,
             "seed": self.seed,
             "train": asdict(self.settings),
+            "validate": self.validate,
         }
 
 
@@ -179,33 +215,21 @@ def unknown(references: Sequence[str]) -> Iterator[str]:
             yield f"references: got {name!r}, expected {words}"
 
 
-def _unserved(entry: Method | Strategy) -> Iterator[str]:
-    """Yield the slots that a method fills and this engine does not run yet: none is passed over."""
-    if entry.losses():
-        yield f"{entry.name}: fills the slot 'losses', which the engine does not evaluate yet"
-    if not isinstance(entry, Method):
-        return
-    boundary = type(entry.boundary())
-    for verb in ("check", "deploys"):
-        if getattr(boundary, verb) is not getattr(Boundary, verb):
-            yield f"{entry.name}: its boundary defines {verb!r}, which the engine does not call yet"
-    if wants := entry.init().wants:
-        yield (
-            f"{entry.name}: its start wants {sorted(wants)}, which the engine does not gather yet"
-        )
+def offered(stream: Stream) -> set[str]:
+    """Return what a method may need of a stream."""
+    offers = {"class_names", "replay"}
+    if stream.visible.task_id_train and stream.visible.task_id_test:
+        offers.add("task_id")
+    if stream.visible.boundary:
+        offers.add("boundary")
+    if stream.passes is None:
+        offers.add("passes")
+    if all(task.classes for task in stream):
+        offers.add("classes")
+    return offers
 
 
-def _unfit(stream: Stream) -> Iterator[str]:
-    """Yield what says that rows are not what models get here: "pixel_values", ready-made."""
-    odd: dict[str, list[str]] = {}
-    for task in stream:
-        rows: Any = task.data.get("train")
-        # A row of an online stream may be read once, and this look is none of its readings.
-        rows = getattr(rows, "inner", rows)
-        if rows is not None and "pixel_values" not in rows[0]:
-            odd.setdefault(task.kind or "unknown", []).append(task.name)
-    for kind, names in odd.items():
-        yield (
-            f"stream: {stream.name!r} has tasks of kind {kind} ({', '.join(names)}), whose rows "
-            "are text or stored images; rows with pixel_values can be run, as those of digits"
-        )
+def fitting(stream: Stream) -> tuple[str, ...]:
+    """Return the references that a stream has a meaning for."""
+    labelled = all(task.classes for task in stream)
+    return REFERENCES if labelled else ("sequential", "joint")

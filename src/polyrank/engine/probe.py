@@ -11,22 +11,37 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from polyrank.engine.data import batches
+from polyrank.engine.data import batches, train_rows
+from polyrank.engine.reading import Reader
+from polyrank.layers import HeadHost
 from polyrank.streams import Stream
 
 
 @torch.no_grad()
-def features(model: nn.Module, head: str, rows: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (inputs of the classifier (n, d), labels (n,))."""
+def features(
+    model: nn.Module, reader: Reader, head: str | None, rows: Any, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (inputs of the classifier (n, d), labels (n,)).
+
+    Args:
+        model: a base model, or an adapted one whose classifier a head replaces.
+        reader: makes batches and runs the model.
+        head: path of the base's classifier.
+        rows: what is read; of rows that may be read once, what lies behind.
+        size: rows per forward.
+    """
+    hosts = [m for m in model.modules() if isinstance(m, HeadHost)]
+    place = hosts[0] if hosts else model.get_submodule(head or "")
     seen: list[np.ndarray] = []
     labels: list[np.ndarray] = []
-    handle = model.get_submodule(head).register_forward_pre_hook(
+    handle = place.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].float().cpu().numpy())
     )
     device = next(model.parameters()).device
     try:
-        for batch in batches(rows, size):
-            model.eval()(pixel_values=batch["pixel_values"].to(device))
+        for batch in batches(getattr(rows, "inner", rows), size, reader.collate):
+            moved = {key: value.to(device) for key, value in batch.items()}
+            reader.forward(model.eval(), moved, frozenset({"logits"}))
             labels.append(batch["labels"].numpy())
     finally:
         handle.remove()
@@ -34,7 +49,7 @@ def features(model: nn.Module, head: str, rows: Any, size: int) -> tuple[np.ndar
 
 
 def frozen_probe(
-    model: nn.Module, head: str, stream: Stream, size: int
+    model: nn.Module, reader: Reader, head: str, stream: Stream, size: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Fit a logistic regression on frozen features of all tasks so far, after every task.
 
@@ -43,8 +58,8 @@ def frozen_probe(
     Returns:
         (restricted, unrestricted, number of fitted weights).
     """
-    train = [features(model, head, task.data["train"], size) for task in stream]
-    test = [features(model, head, task.data["test"], size) for task in stream]
+    train = [features(model, reader, head, train_rows(task), size) for task in stream]
+    test = [features(model, reader, head, task.data["test"], size) for task in stream]
     count = len(stream)
     restricted = np.full((count, count), np.nan)
     unrestricted = np.full((count, count), np.nan)

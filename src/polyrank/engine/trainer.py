@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-EXTRA = {"task", "role", "condition"}
+EXTRA = {"task", "row", "role", "condition"}
 # Optimisers that choose their own parameters (GaLore, LOMO, layer-wise ones) get them this way.
 OWN_GROUPS = {"params", "model", "optimizer_dict"}
 
@@ -36,6 +37,8 @@ class TrainerMixin(_Base):
     task_index = 0
     phase_name = "train"
     workshop: Any = None
+    # Evaluates losses in place of the model's own, in the engine's phases.
+    objective: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -101,6 +104,7 @@ class TrainerMixin(_Base):
             phase=self.phase_name,
             seed=self.args.seed,
             workshop=self.workshop,
+            evaluated=self.objective is not None,
         )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -125,11 +129,14 @@ class TrainerMixin(_Base):
             )
             # Here and not in the model's first forward, which may be compiled.
             self.attachment.begin()
-        condition, inputs = self._condition(inputs)
-        if condition is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        with self._flow().put(ambient=condition):
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        condition, plain = self._condition(inputs)
+        with nullcontext() if condition is None else self._flow().put(ambient=condition):
+            if self.objective is not None:
+                return self._own_loss(model, inputs)[0]
+            return super().compute_loss(model, plain, *args, **kwargs)
+
+    def _own_loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Any]:
+        raise NotImplementedError(f"{type(self).__name__} has an objective and no _own_loss")
 
     def _condition(self, inputs: Any) -> tuple[Tensor | None, Any]:
         if not isinstance(inputs, Mapping):

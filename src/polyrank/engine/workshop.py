@@ -1,18 +1,19 @@
-"""The engine's services to a boundary."""
+"""The engine's services to boundaries, rules, losses and penalties."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyrank.engine.data import TaskRows, batches
+from polyrank.engine.reading import Reader
 from polyrank.errors import ConfigError
-from polyrank.frame import Layer, Workshop, keyed
+from polyrank.frame import Buffer, Layer, Workshop, keyed
 from polyrank.layers import (
     AdaptedLinear,
     ModelAdapter,
@@ -20,10 +21,14 @@ from polyrank.layers import (
     absorb,
     adapter_of,
     append,
+    extend,
     keep,
     redraw,
     replica,
+    view,
 )
+
+LOGITS = frozenset({"logits"})
 
 
 class TaskWorkshop(Workshop):
@@ -31,21 +36,52 @@ class TaskWorkshop(Workshop):
 
     Args:
         model: the adapted model.
-        parts: datasets of the task by role and split, {"train": {...}}.
+        reader: makes batches and runs the model.
+        parts: datasets of the task by role and split, {"train": [...]}.
         seed: key of random draws.
-        task: number of the task.
+        task: number of the task, as the scenario shows it.
         size: rows per batch.
+        memories: what entries keep from task to task, by name.
+        buffer: stored samples, if a strategy asked for them.
+        classes: classes of the task.
+        known: number of classes of all earlier tasks.
+        first: whether no task was finished before.
+
+    Attributes:
+        absorbed: whether base weights have changed.
+        checked: figures of the last check inside a phase.
     """
 
     def __init__(
-        self, model: nn.Module, parts: Mapping[str, Sequence[Any]], seed: int, task: int, size: int
+        self,
+        model: nn.Module,
+        reader: Reader,
+        parts: Mapping[str, Sequence[Any]],
+        *,
+        seed: int,
+        task: int,
+        size: int,
+        memories: dict[str, dict[str, Any]] | None = None,
+        buffer: Buffer | None = None,
+        classes: tuple[int, ...] = (),
+        known: int = 0,
+        first: bool = True,
     ) -> None:
-        self.model, self.parts, self.seed, self.task, self.size = model, parts, seed, task, size
+        self.model, self.reader, self.parts = model, reader, parts
+        self.seed, self.task, self.size = seed, task, size
+        self.memories = {} if memories is None else memories
+        self.buffer, self.classes, self.known, self.first = buffer, classes, known, first
+        self.absorbed = False
+        self.checked: dict[str, float] = {}
 
     @property
     def adapter(self) -> ModelAdapter:  # type: ignore[override]
         """The adapter as it is now; views change with structure."""
         return adapter_of(self.model)
+
+    def memory(self, name: str) -> dict[str, Any]:
+        """Return what an entry of that name keeps from task to task."""
+        return self.memories.setdefault(name, {})
 
     def data(
         self, role: str, split: str = "train", *, seed: int | None = None
@@ -58,7 +94,7 @@ class TaskWorkshop(Workshop):
         key = split if role == "train" else role
         if key not in self.parts:
             raise ConfigError(f"data: the task has {', '.join(sorted(self.parts))}, and no {key!r}")
-        return batches(TaskRows(self.parts[key]), self.size, seed=seed)
+        return batches(TaskRows(self.parts[key]), self.size, self.reader.collate, seed=seed)
 
     @torch.no_grad()
     def observe(
@@ -92,31 +128,35 @@ class TaskWorkshop(Workshop):
             for layer in self.adapter.layers
             if layer.module in layers
         ]
-        training = self.model.training
-        self.model.eval()
         try:
-            for batch in batches:
-                self.model(pixel_values=batch["pixel_values"])
+            with self._still():
+                for batch in batches:
+                    self.reader.forward(self.model, self._moved(batch), LOGITS)
         finally:
             for handle in handles:
                 handle.remove()
-            self.model.train(training)
         return {}
 
+    @torch.no_grad()
+    def logits(self, batch: dict[str, Any]) -> Tensor:
+        """Return the model's logits of one batch in evaluation mode, without gradients."""
+        with self._still():
+            out = self.reader.forward(self.model, self._moved(batch), LOGITS)
+        return cast("Tensor", out.logits)
+
     def grads(self, batch: dict[str, Any], params: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Return gradients of the mean cross-entropy of one batch, averaged over processes.
+        """Return gradients of the mean task loss of one batch, averaged over processes.
 
         `.grad` stays as it is, and in evaluation mode nothing counts or drops out.
         """
-        training = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            logits = self.model(pixel_values=batch["pixel_values"]).logits
-            loss = F.cross_entropy(logits.float(), batch["labels"])
-            found = torch.autograd.grad(loss, list(params), allow_unused=True)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        moved = self._moved(batch)
+        loss = self.reader.loss()
+        labels = moved["labels"]
+        count = int((labels[:, 1:] != -100).sum()) if labels.dim() == 2 else len(labels)
+        with self._still(), torch.enable_grad():
+            out = self.reader.forward(self.model, moved, loss.needs | LOGITS)
+            value = loss(out, moved) / max(1, count if loss.per == "label" else len(labels))
+            found = torch.autograd.grad(value, list(params), allow_unused=True)
         grads = [
             p.new_zeros(p.shape) if g is None else g for g, p in zip(found, params, strict=True)
         ]
@@ -126,9 +166,24 @@ class TaskWorkshop(Workshop):
                 grad /= dist.get_world_size()
         return grads
 
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device
+        return {key: value.to(device) for key, value in batch.items()}
+
     def absorb(self) -> None:
         """Add the adapter's update to the base weights and redraw it."""
         absorb(self.model, seed=self.seed)
+        self.absorbed = True
 
     def append(self, name: str, r: int) -> None:
         """Freeze the live ranks into the bank and give r new ones."""
@@ -151,18 +206,30 @@ class TaskWorkshop(Workshop):
             )
         replica(self.model, name)
 
+    def extend(self, name: str) -> None:
+        """Give a replica's head the classes that the live head has gained since."""
+        extend(self.model, name)
+
+    def view(self, name: str) -> AbstractContextManager[Any]:
+        """Show "base" or a replica inside the block."""
+        return view(self.model, name)
+
     def keep(self, layer: Layer, ranks: Tensor) -> None:
         """Keep some live ranks of one layer, in the given order."""
         keep(self.model, cast("View", layer), ranks)
 
     @property
-    def replay(self) -> Any:
-        """Raise: stored samples come with the strategies that need them.
+    def replay(self) -> Buffer:
+        """Return the buffer of stored samples.
 
         Raises:
-            ConfigError: always.
+            ConfigError: if no strategy of the run asked for one.
         """
-        raise ConfigError("replay: this engine keeps no samples; use a method that needs none")
+        if self.buffer is None:
+            raise ConfigError(
+                "replay: nothing is stored in this run; a strategy asks for it by its replay()"
+            )
+        return self.buffer
 
     def rng(self, name: str) -> torch.Generator:
         """Return the generator keyed by (seed, task, name)."""

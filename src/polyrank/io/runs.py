@@ -172,8 +172,33 @@ class RunFolder:
         write_json(self.path / RUN, changed)
         self.run = changed
 
+    def resume(self) -> None:
+        """Take up a run that was stopped: claim its log and mark it as running.
+
+        Raises:
+            RunError: if another process is writing it.
+        """
+        self._open_log()
+        self._begun = time.monotonic() - (self.run["seconds"] or 0.0)
+        for aside in self.path.glob(".*.tmp"):
+            aside.unlink()
+        self.update(status="running", seconds=None)
+
+    def taken(self) -> bool:
+        """Say whether another process is writing this run now."""
+        try:
+            self._open_log()
+        except RunError:
+            return True
+        self.close()
+        return False
+
     def finish(self, status: str = "done") -> None:
-        """Write the status ("done" or "failed") and the seconds since `create`, close the log."""
+        """Write the status and the seconds since `create`, close the log.
+
+        Args:
+            status: "done", "failed" or "interrupted".
+        """
         self.update(status=status, seconds=round(time.monotonic() - self._begun, 3))
         self.close()
 

@@ -1,0 +1,187 @@
+"""The loss of one phase: the task's own, and what strategies add, over one student forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from polyrank.engine.reading import Reader
+from polyrank.errors import ConfigError
+from polyrank.frame import ROLES, Flow, Loss, Method, Out, Strategy
+
+TEACHER = "teacher."
+
+
+class Objective:
+    """All losses of a phase.
+
+    L = Σ_l w_l · Σ_rows l / n_l, where n_l counts the rows (or labels) of the loss's role over the
+    whole update and all processes; a `batchwise` loss is averaged over micro-batches.
+
+    Args:
+        reader: runs the model.
+        method: its losses.
+        strategies: theirs, and perhaps another task loss.
+        chosen: names of the losses of this phase; None is all of them.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        method: Method,
+        strategies: Sequence[Strategy],
+        chosen: tuple[str, ...] | None = None,
+    ) -> None:
+        self.reader = reader
+        task = next((found for s in strategies if (found := s.task_loss()) is not None), None)
+        replays = [found for s in strategies if (found := s.replay()) is not None]
+        self.replay = replays[0] if replays else None
+        own = task or reader.loss()
+        if self.replay is not None and not self.replay.shared:
+            own.role = own.role or "train"
+        self.losses = [own, *(loss for e in (method, *strategies) for loss in e.losses())]
+        if chosen is not None:
+            names = {name_of(loss): loss for loss in self.losses}
+            if unknown := [name for name in chosen if name not in names]:
+                raise ConfigError(
+                    f"phase: asks for the losses {unknown}, but there are {sorted(names)}"
+                )
+            self.losses = [names[name] for name in chosen]
+        self.wants = frozenset(
+            need for loss in self.losses for need in loss.needs if not need.startswith(TEACHER)
+        ) & {"logits", "hidden", "embedding"} | {"logits"}
+
+    def bind(self, adapter: Any, workshop: Any) -> None:
+        """Let losses meet the adapter and the engine."""
+        for loss in self.losses:
+            loss.bind(adapter, workshop)
+
+    def counts(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, int]:
+        """Return n_l by loss over the micro-batches of an update and all processes."""
+        totals = [sum(_count(loss, batch) for batch in batches) for loss in self.losses]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            summed = torch.tensor(totals, dtype=torch.float64)
+            dist.all_reduce(summed)
+            totals = [int(n) for n in summed.tolist()]
+        return {name_of(loss): n for loss, n in zip(self.losses, totals, strict=True)}
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inner: nn.Module,
+        flow: Flow,
+        batch: dict[str, Tensor],
+        counts: Mapping[str, int],
+        micro: int,
+    ) -> tuple[Tensor, Out]:
+        """Return (the micro-batch's part of the update's loss, what the student left).
+
+        Args:
+            model: the student, perhaps wrapped for several processes.
+            inner: the same, unwrapped; teachers run on it.
+            flow: its flow.
+            batch: rows of all roles.
+            counts: what `counts` gave for the update.
+            micro: micro-batches in the update.
+        """
+        teachers = self._teachers(inner, flow, batch)
+        out = self.reader.forward(model, batch, self.wants)
+        out.stored = batch.get("stored")
+        assert out.logits is not None
+        total = out.logits.new_zeros((), dtype=torch.float32)
+        if out.logits.dtype == torch.float64:
+            total = total.double()
+        for loss in self.losses:
+            index = _rows(loss, batch)
+            if index is not None and not len(index):
+                continue
+            seen = out if index is None else _part(out, index)
+            if loss.teacher in teachers and _taught(loss):
+                places, taught = teachers[loss.teacher]
+                seen = replace(seen, teacher=_part(taught, _among(places, index)))
+            term = loss(seen, batch if index is None else _slice(batch, index))
+            share = 1 / micro if loss.batchwise else 1 / max(1, counts[name_of(loss)])
+            total = total + loss.weight * share * term
+        return total, out
+
+    def _teachers(
+        self, inner: nn.Module, flow: Flow, batch: dict[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Out]]:
+        """Run every distinct teacher once, over the rows that some loss needs it for."""
+        found: dict[str, tuple[Tensor, Out]] = {}
+        views = {loss.teacher for loss in self.losses if _taught(loss)}
+        for view in sorted(views):
+            mine = [loss for loss in self.losses if _taught(loss) and loss.teacher == view]
+            total = len(batch["labels"])
+            index = [_rows(loss, batch) for loss in mine]
+            rows = [torch.arange(total) if i is None else i.cpu() for i in index]
+            places = torch.cat(rows).unique()
+            if not len(places):
+                continue
+            needs = {n.removeprefix(TEACHER) for loss in mine for n in loss.needs if TEACHER in n}
+            training = inner.training
+            inner.eval()
+            try:
+                with torch.no_grad(), flow.put(view=view):
+                    part = _slice(batch, places.to(batch["labels"].device))
+                    found[view] = (places, self.reader.forward(inner, part, frozenset(needs)))
+            finally:
+                inner.train(training)
+        return found
+
+
+def name_of(loss: Loss) -> str:
+    """Return the name under which a phase chooses a loss."""
+    return type(loss).__name__.lower()
+
+
+def _taught(loss: Loss) -> bool:
+    return any(need.startswith(TEACHER) for need in loss.needs)
+
+
+def _rows(loss: Loss, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the rows of a loss's role; None if it reads all of them."""
+    if loss.role is None or "role" not in batch:
+        return None
+    return (batch["role"] == ROLES[loss.role]).nonzero().flatten()
+
+
+def _count(loss: Loss, batch: Mapping[str, Tensor]) -> int:
+    index = _rows(loss, batch)
+    labels = batch["labels"] if index is None else batch["labels"][index]
+    if loss.per == "sample" or not len(labels):
+        return len(labels)
+    if loss.per == "token" and "attention_mask" in batch:
+        mask = batch["attention_mask"]
+        return int((mask if index is None else mask[index]).sum())
+    # The first label of a causal model predicts nothing.
+    return int((labels[:, 1:] != -100).sum()) if labels.dim() == 2 else len(labels)
+
+
+def _among(places: Tensor, index: Tensor | None) -> Tensor:
+    """Return where the rows of one loss stand among those the teacher saw."""
+    if index is None:
+        return torch.arange(len(places))
+    return torch.searchsorted(places, index.cpu())
+
+
+def _slice(batch: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+    return {key: value[index] for key, value in batch.items()}
+
+
+def _part(out: Out, index: Tensor) -> Out:
+    def pick(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value[index.to(value.device)]
+
+    return Out(
+        logits=pick(out.logits),
+        hidden=[h[index.to(h.device)] for h in out.hidden],
+        embedding=pick(out.embedding),
+        mask=pick(out.mask),
+        stored=pick(out.stored),
+    )
