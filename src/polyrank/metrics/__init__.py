@@ -1,11 +1,14 @@
-"""Pure functions on the matrix of accuracies after every task; every definition has its own name.
+"""Scores of predictions, the matrix they stand in, and what it says; each definition has its name.
 
-Only numpy is needed. `definitions()` prints what each name means, `summary(matrix, counts)` gives
-all numbers of a run.
+`score(name, predictions, references)` is one task's score. Functions of the matrix of scores after
+every task say what was learnt and forgotten: `summary(matrix, counts)` gives all numbers of a run,
+`definitions()` prints what each name means. `polyrank.metrics.statistics` compares runs over seeds.
 """
 
 from polyrank.metrics._summary import definitions, summary
 from polyrank.metrics.routing import load_entropy
+from polyrank.metrics.scores import RANGES, score
+from polyrank.metrics.shares import global_forgetting, local_forgetting
 from polyrank.metrics.survey import (
     average_accuracy,
     average_accuracy_curve,
@@ -17,9 +20,11 @@ from polyrank.metrics.survey import (
     forward_transfer,
     forward_transfer_gem,
     intransigence,
+    plasticity,
     weighted_average_accuracy,
     weighted_average_incremental_accuracy,
 )
+from polyrank.metrics.unlearning import unlearning_score
 from polyrank.metrics.variants import (
     average_accuracy_pilot,
     backward_transfer_avalanche,
@@ -30,6 +35,7 @@ from polyrank.metrics.variants import (
 )
 
 __all__ = [
+    "RANGES",
     "average_accuracy",
     "average_accuracy_curve",
     "average_accuracy_pilot",
@@ -46,9 +52,14 @@ __all__ = [
     "forward_transfer",
     "forward_transfer_avalanche",
     "forward_transfer_gem",
+    "global_forgetting",
     "intransigence",
     "load_entropy",
+    "local_forgetting",
+    "plasticity",
+    "score",
     "summary",
+    "unlearning_score",
     "weighted_average_accuracy",
     "weighted_average_incremental_accuracy",
 ]

@@ -53,17 +53,38 @@ def reference(values: Scores, size: int, limits: Limits, name: str) -> Array:
 
 def sample_counts(counts: Scores, size: int) -> Array:
     """Number of test samples per task, all finite and above 0."""
-    values = vector(counts, "counts")
+    return _amounts(
+        counts,
+        size,
+        "counts",
+        "give the number of test samples of every task",
+        "a task without test samples has no accuracy, leave it out of the stream",
+    )
+
+
+def class_counts(classes: Scores, size: int) -> Array:
+    """Number of classes per task, all finite and above 0."""
+    return _amounts(
+        classes,
+        size,
+        "classes",
+        "give the number of classes of every task",
+        "a task without classes has no share; leave `classes` out",
+    )
+
+
+def _amounts(amounts: Scores, size: int, name: str, all_of_them: str, above_zero: str) -> Array:
+    values = vector(amounts, name)
     if len(values) != size:
         raise ConfigError(
-            f"counts: got {len(values)} values, expected {size}, one per task of the matrix; "
-            "give the number of test samples of every task"
+            f"{name}: got {len(values)} values, expected {size}, one per task of the matrix; "
+            f"{all_of_them}"
         )
     bad = [j for j, n in enumerate(values) if not (np.isfinite(n) and n > 0)]
     if bad:
         raise ConfigError(
-            f"counts: got {values[bad[0]]:g} for task {bad[0]}, expected a number above 0; "
-            "a task without test samples has no accuracy, leave it out of the stream"
+            f"{name}: got {values[bad[0]]:g} for task {bad[0]}, expected a number above 0; "
+            f"{above_zero}"
         )
     return values
 
@@ -128,13 +149,17 @@ def _check_limits(values: Array, limits: Limits, name: str) -> None:
     low, high = limits
     if not low < high:
         raise ConfigError(f"limits: got {limits}, expected (low, high) with low < high; swap them")
-    outside = np.argwhere(~np.isnan(values) & ~((values >= low) & (values <= high)))
+    # An open range ends before infinity: differences of infinite scores have no value.
+    inside = np.isfinite(values) & (values >= low) & (values <= high)
+    outside = np.argwhere(~np.isnan(values) & ~inside)
     if not len(outside):
         return
     cell = tuple(int(i) for i in outside[0])
     value = float(values[cell])
     remedy = "pass limits=(low, high) if the score has another range"
-    if (low, high) == (0.0, 1.0) and 1.0 < value <= 100.0:
+    if np.isinf(value):
+        remedy = "a score that is not finite says that the model diverged"
+    elif (low, high) == (0.0, 1.0) and 1.0 < value <= 100.0:
         remedy = "these look like percent: divide by 100, or pass limits=(0, 100)"
     raise ConfigError(
         f"{name}: got {value:g} at {_place(cell)}, expected {low:g}..{high:g}; {remedy}"

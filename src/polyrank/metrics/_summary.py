@@ -4,11 +4,12 @@ from collections.abc import Callable
 from functools import partial
 
 from polyrank.errors import ConfigError
-from polyrank.metrics import routing, survey, variants
+from polyrank.metrics import routing, shares, survey, unlearning, variants
 from polyrank.metrics._inputs import (
     Array,
     Limits,
     Scores,
+    class_counts,
     reference,
     sample_counts,
     square,
@@ -27,6 +28,7 @@ _FUNCTIONS: dict[str, Callable[..., object]] = {
         survey.forgetting_all,
         survey.forgetting_by_task,
         survey.backward_transfer,
+        survey.plasticity,
         survey.intransigence,
         survey.forward_transfer,
         survey.forward_transfer_gem,
@@ -36,6 +38,9 @@ _FUNCTIONS: dict[str, Callable[..., object]] = {
         variants.forward_transfer_avalanche,
         variants.forgetting_pilot,
         variants.average_accuracy_pilot,
+        shares.global_forgetting,
+        shares.local_forgetting,
+        unlearning.unlearning_score,
         routing.load_entropy,
     )
 }
@@ -58,6 +63,8 @@ def summary(
     joint: Scores | None = None,
     single: Scores | None = None,
     untrained: Scores | None = None,
+    classes: Scores | None = None,
+    restricted: Scores | None = None,
     missing: str = "raise",
     limits: Limits = survey.FRACTION,
 ) -> dict[str, float]:
@@ -70,8 +77,12 @@ def summary(
         joint: a*_k for `intransigence`; left out without it.
         single: ã_j for `forward_transfer`; left out without it.
         untrained: b_j for `forward_transfer_gem`; left out without it.
-        missing: "raise", or "nan" for a reference of which only some rows were measured (joint
-            training has only its last): a metric that needs more is NaN there.
+        classes: Number of classes of every task, for `global_forgetting`; left out without it.
+        restricted: Accuracies among each task's own classes, for `local_forgetting`; left out
+            without it.
+        missing: "raise", or "nan" for a matrix of which only some rows were measured (joint
+            training has only its last) or none (restricted scores of generated text): a metric
+            that needs more is NaN there.
         limits: Range of the score.
 
     Returns:
@@ -90,6 +101,7 @@ def summary(
         "average_incremental_accuracy": survey.average_incremental_accuracy,
         "forgetting": survey.forgetting,
         "backward_transfer": survey.backward_transfer,
+        "plasticity": survey.plasticity,
         "weighted_average_accuracy": partial(survey.weighted_average_accuracy, counts=n),
         "weighted_average_incremental_accuracy": partial(
             survey.weighted_average_incremental_accuracy, counts=n
@@ -104,7 +116,19 @@ def summary(
     if untrained is not None:
         start = reference(untrained, len(a), limits, "untrained")
         wanted["forward_transfer_gem"] = partial(survey.forward_transfer_gem, untrained=start)
-    return {name: _value(f, a, k, limits, missing) for name, f in wanted.items()}
+    if classes is not None:
+        sizes = class_counts(classes, len(a))
+        wanted["global_forgetting"] = partial(shares.global_forgetting, classes=sizes)
+    found = {name: _value(f, a, k, limits, missing) for name, f in wanted.items()}
+    if restricted is not None:
+        own = square(restricted, limits)
+        if len(own) != len(a):
+            raise ConfigError(
+                f"restricted: got {len(own)} rows, expected {len(a)} as in the matrix; pass both "
+                "of the same run"
+            )
+        found["local_forgetting"] = _value(shares.local_forgetting, own, k, limits, missing)
+    return found
 
 
 def _value(

@@ -170,6 +170,19 @@ def backward_transfer(matrix: Scores, k: int | None = None, *, limits: Limits = 
     return _mean(a[k - 1, : k - 1] - a.diagonal()[: k - 1])
 
 
+def plasticity(matrix: Scores, k: int | None = None, *, limits: Limits = FRACTION) -> float:
+    """Mean accuracy on each task right after it was learnt: what learning itself reaches.
+
+    Definition: PL_k = (1/k) Σ_{j≤k} a_{j,j}
+
+    With the average accuracy it adds up: AA_k = PL_k + (k−1)/k · BWT_k.
+    """
+    a = square(matrix, limits)
+    k = trained(k, len(a))
+    require(a, [(j, j) for j in range(k)], "plasticity", _EVERY)
+    return float(a.diagonal()[:k].mean())
+
+
 def intransigence(
     matrix: Scores, joint: Scores, k: int | None = None, *, limits: Limits = FRACTION
 ) -> float:

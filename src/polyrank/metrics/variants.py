@@ -9,6 +9,7 @@ Arguments as in `polyrank.metrics.survey`.
 
 import numpy as np
 
+from polyrank.errors import ConfigError
 from polyrank.metrics._inputs import (
     Array,
     Limits,
@@ -29,10 +30,11 @@ def forgetting_mammoth(matrix: Scores, k: int | None = None, *, limits: Limits =
 
     Definition: (1/(k−1)) Σ_{j<k} (max_{i∈{1..k}} a_{i,j} − a_{k,j}), not measured before j: 0
 
+    With another range than 0..1, not measured before j is its lower end.
     Zero-shot scores that were recorded count, so the value depends on whether they were recorded.
     Theirs pads its argument in place; this does not.
     """
-    a = _padded(square(matrix, limits), k, "forgetting_mammoth")
+    a = _padded(square(matrix, limits), k, "forgetting_mammoth", limits)
     return float((a.max(axis=0) - a[-1])[:-1].mean()) if len(a) > 1 else float("nan")
 
 
@@ -84,7 +86,9 @@ def forgetting_pilot(matrix: Scores, k: int | None = None, *, limits: Limits = F
     scores above the diagonal are left out. Returned as a fraction; the rounding is that of `limits`
     stretched to 0..100.
     """
-    a = _padded(np.tril(_rounded(square(matrix, limits), limits)), k, "forgetting_pilot")
+    a = _rounded(square(matrix, limits), limits)
+    a[np.triu_indices(len(a), 1)] = np.nan
+    a = _padded(a, k, "forgetting_pilot", limits)
     return float((a.max(axis=0) - a[-1])[:-1].mean()) if len(a) > 1 else float("nan")
 
 
@@ -105,13 +109,18 @@ def average_accuracy_pilot(
     return float(_rounded(np.array(totals, dtype=np.float64), limits).mean())
 
 
-def _padded(a: Array, k: int | None, name: str) -> Array:
-    """The first k rows and columns with 0 for what was not measured above the diagonal."""
+def _padded(a: Array, k: int | None, name: str, limits: Limits) -> Array:
+    """The first k rows and columns with the worst score for what was not measured above them."""
     k = trained(k, len(a))
     require(a, [(i, j) for i in range(k) for j in range(min(i + 1, k - 1))], name, _EVERY)
-    return np.where(np.isnan(a), 0.0, a)[:k, :k]
+    return np.where(np.isnan(a), limits[0], a)[:k, :k]
 
 
 def _rounded(a: Array, limits: Limits) -> Array:
+    if not np.isfinite(limits[1] - limits[0]):
+        raise ConfigError(
+            f"limits: got {limits}, expected a finite range, of which LAMDA-PILOT's metrics round "
+            "percent; use `forgetting` and `weighted_average_incremental_accuracy`"
+        )
     percent = 100.0 / (limits[1] - limits[0])
     return np.around(a * percent, decimals=2) / percent
