@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from polyrank.cli import doctor, methods, new_method, report, run, streams
+from polyrank.cli import doctor, methods, new_method, report, run, streams, sweep
 from polyrank.cli.values import spread
 from polyrank.errors import ConfigError, PolyrankError
 
@@ -41,7 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for module in (run, methods, streams, report, new_method, doctor):
+for module in (run, sweep, methods, streams, report, new_method, doctor):
     word = module.__name__.rpartition(".")[2].replace("_", "-")
     app.command(word, help=module.HELP)(module.command)
 

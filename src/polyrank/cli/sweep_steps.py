@@ -1,0 +1,64 @@
+"""The steps of `polyrank sweep`: find the file, say what there is to do, do it, show it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.measure import Measurement
+
+from polyrank.errors import ConfigError, nearest
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def file_of(spec: str) -> Path:
+    """Return the path of a file, or of the recipe of that name.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    recipes = {path.stem: path for path in RECIPES.glob("sweep-*.yaml")}
+    if spec in recipes or Path(spec).suffix in (".yaml", ".yml"):
+        return recipes.get(spec, Path(spec))
+    known = ", ".join(sorted(recipes))
+    hint = nearest(spec, recipes) or " correct the name"
+    raise ConfigError(f"sweep: got {spec!r}, expected a YAML file or one of: {known};{hint}")
+
+
+def outline(path: Path, folder: Path, *, probe: bool) -> None:
+    """Check a file and print what there is to do."""
+    from polyrank.engine.sweep.outline import outline as lines_of
+    from polyrank.engine.sweep.records import read
+    from polyrank.engine.sweep.resolve import resolve
+
+    sweep = resolve(path, probe=probe)
+    for line in lines_of(sweep.groups, read(folder), sweep.updates):
+        typer.echo(line)
+
+
+def run(path: Path, folder: Path, *, probe: bool) -> list[str]:
+    """Make the runs that are left; return what went wrong in some of them."""
+    from polyrank.engine.sweep.once import Once
+    from polyrank.engine.sweep.resolve import resolve
+    from polyrank.engine.sweep.runner import work
+
+    def say(text: str) -> None:
+        typer.echo(text, err=True)
+
+    sweep = resolve(path, probe=probe)
+    return work(sweep.lock(), folder, Once(sweep, folder), keep=sweep.spec.keep, say=say)
+
+
+def report(folder: Path) -> None:
+    """Write the tables and the picture, and print the table."""
+    from polyrank.reports.sweep import report_sweep, terminal_sweep
+
+    sheet, written = report_sweep(folder)
+    table, console = terminal_sweep(sheet), Console(highlight=False)
+    # A row stays one line, also in a pipe, which would count as 80 letters wide.
+    wide = Measurement.get(console, console.options.update(width=1000), table).maximum
+    Console(highlight=False, width=max(wide, console.width)).print(table)
+    for file in written.values():
+        console.print(str(file), soft_wrap=True)

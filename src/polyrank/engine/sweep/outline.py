@@ -1,0 +1,70 @@
+"""What a sweep has to do, and about how long it takes, without doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from polyrank.engine.sweep.grid import EXTRA
+from polyrank.engine.sweep.records import FINISHED, Line, by_group
+from polyrank.engine.sweep.schedule import Group, missing, rates
+
+
+def outline(
+    groups: Sequence[Group], lines: Sequence[Line], updates: Callable[[Group], int]
+) -> list[str]:
+    """Return what there is to do as sentences: a line for each group, then the sums.
+
+    Args:
+        groups: of the sweep.
+        lines: of runs.jsonl.
+        updates: of one run of a group.
+    """
+    runs, left, most, steps, found = by_group(lines), 0, 0, 0, []
+    for group in groups:
+        tried = rates(group, groups, runs)
+        absent = len(missing(group, tried, runs.get(group.id, {})))
+        later = group.points * len(group.seeds) if group.probe and not tried else 0
+        wide = group.extend and len(group.grid.indices()) > 1
+        left, most = left + absent + later, most + (2 * EXTRA * len(group.seeds) if wide else 0)
+        steps += (absent + later) * updates(group)
+        found.append(_said(group, tried, absent, updates(group)))
+    found.append(f"{left} runs left, {steps} updates" + _beyond(most))
+    rate = _seconds_per_update(lines)
+    found.append(
+        "time: no run is finished yet to tell from"
+        if rate is None
+        else f"time: about {_duration(rate * steps)} by the runs that are finished"
+    )
+    return found
+
+
+def _said(group: Group, tried: Sequence[int], absent: int, updates: int) -> str:
+    name = f"{group.name}, {group.stage}" if group.stage == "probe" else group.name
+    if not tried:
+        what = f"the best {group.points} rates of the probe"
+    else:
+        ends = f"{group.grid.rate(tried[0]):.2e} to {group.grid.rate(tried[-1]):.2e}"
+        what = f"{len(tried)} rates from {ends}" if len(tried) > 1 else f"one rate, {ends[:8]}"
+    many = f"{len(group.seeds)} seeds" if len(group.seeds) > 1 else "one seed"
+    return f"{name}: {what}, {many}, {updates} updates a run; {absent} runs left"
+
+
+def _beyond(most: int) -> str:
+    return f"; at most {most} runs more where the best rate is at an edge" if most else ""
+
+
+def _seconds_per_update(lines: Sequence[Line]) -> float | None:
+    timed = list(_timed(lines))
+    return sum(s for s, _ in timed) / sum(n for _, n in timed) if timed else None
+
+
+def _timed(lines: Sequence[Line]) -> Iterator[tuple[float, int]]:
+    for line in lines:
+        if line["state"] in FINISHED and line.get("seconds") and line.get("updates"):
+            yield line["seconds"], line["updates"]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
