@@ -1,5 +1,35 @@
 """Reusable pieces of methods, one module an axis."""
 
-from polyrank.parts import catalogue, cores, inits, losses, mixtures, routers, rules
+from polyrank.parts import (
+    average,
+    boundaries,
+    catalogue,
+    connect,
+    consolidate,
+    cores,
+    distil,
+    fisher,
+    inits,
+    losses,
+    memory,
+    mixtures,
+    routers,
+    rules,
+)
 
-__all__ = ["catalogue", "cores", "inits", "losses", "mixtures", "routers", "rules"]
+__all__ = [
+    "average",
+    "boundaries",
+    "catalogue",
+    "connect",
+    "consolidate",
+    "cores",
+    "distil",
+    "fisher",
+    "inits",
+    "losses",
+    "memory",
+    "mixtures",
+    "routers",
+    "rules",
+]
