@@ -111,11 +111,11 @@ def _embedded(stream: Stream) -> Base:
             kept=False,
         )
     if stream.base == "causal":
-        model, tokenizer = encoders.train_causal(stream, 0, cache_folder(), lambda e, f: None)
+        causal, words = encoders.train_causal(stream, 0, cache_folder(), lambda e, f: None)
         return Base(
-            about=describe(model, "causal"),
-            model=model,
-            processor=tokenizer,
+            about=describe(causal, "causal"),
+            model=causal,
+            processor=words,
             head=None,
             kept=False,
             threads=1,

@@ -13,20 +13,19 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from polyrank.engine.data import train_rows
+from polyrank.engine.marks import Marks
 from polyrank.engine.phase import Training, run_phase
 from polyrank.engine.reading import Reader
 from polyrank.engine.replay import RowBuffer
 from polyrank.engine.state import model_state, restore_model
 from polyrank.engine.workshop import TaskWorkshop
-from polyrank.errors import CheckpointError, ConfigError
+from polyrank.errors import CheckpointError
 from polyrank.frame import Boundary, Job, Phase
 from polyrank.layers import adapter_of, grow_head
 from polyrank.streams import Stream, Task
@@ -35,22 +34,21 @@ if TYPE_CHECKING:
     from polyrank.engine.plan import Plan, System
     from polyrank.engine.progress import Watch
 
-NAN = float("nan")
-
 
 @dataclass(kw_only=True)
 class Services:
     """What the engine lends to every course.
 
     Attributes:
-        pause: called where the state may be saved; it asks for the state only if it saves.
+        pause: called where the state may be saved, or with True must be; it asks for the state only
+            if it saves.
         general: scores a model on the held-out task, or None.
     """
 
     plan: Plan
     reader: Reader
     watch: Watch
-    pause: Callable[[Callable[[], dict[str, Any]]], None]
+    pause: Callable[..., None]
     general: Callable[[nn.Module], float] | None = None
 
 
@@ -76,9 +74,7 @@ class Course:
         self.states: list[dict[str, Any]] = []
         self.boundaries: list[Boundary] = []
         self.memories: dict[str, dict[str, Any]] = {}
-        self.matrices: dict[str, tuple[Tensor, Tensor]] = {}
-        self.validation: tuple[Tensor, Tensor] | None = None
-        self.general: list[float] = []
+        self.marks = Marks(self.plan, self.reader, services.watch, services.general)
         self.before: dict[str, float] = {}
         self.seconds, self.updates, self.absorbed = 0.0, 0, False
         self.carried: dict[str, Any] | None = None
@@ -93,14 +89,14 @@ class Course:
         self.started = time.perf_counter()
         if self.group == 0 and self.stage == "begin":
             self.before = self.system.method.vital_sign(adapter_of(self.model))
-            self._score_general()
+            self.marks.score_general(self.model)
         while self.group < len(self.groups):
             if self.stage == "begin":
                 self._begin()
             self._work()
             self._close()
             self.group, self.stage = self.group + 1, "begin"
-            self.services.pause(self.state)
+            self.services.pause(self.state, True)
 
     def _begin(self) -> None:
         group = self.groups[self.group]
@@ -169,7 +165,8 @@ class Course:
             shown=self._number(),
             seed=self.plan.seed,
             workshop=workshop,
-            watch=self._counted,
+            watch=self.services.watch,
+            stepped=self._stepped,
             where=self.where(),
             hidden=not self.stream.visible.task_id_train,
             buffer=self.buffer,
@@ -186,6 +183,9 @@ class Course:
 
     def _close(self) -> None:
         group, workshop = self.groups[self.group], self._workshop()
+        # Before anything is absorbed or redrawn.
+        sign = adapter_of(self.model).check_alive(self.before)
+        self.services.watch("vital_sign", {**self.where(), **sign})
         strategies = [s for s in self.system.strategies if s.boundary() is not None]
         numbers = range(1, len(self.boundaries))
         for number in sorted(numbers, key=lambda n: strategies[n - 1].structural):
@@ -194,10 +194,8 @@ class Course:
         self.absorbed |= workshop.absorbed
         if self.buffer is not None:
             self.buffer.close_task()
-        sign = adapter_of(self.model).check_alive(self.before)
-        self.services.watch("vital_sign", {**self.where(), **sign})
         if not self.flowing:
-            self._evaluate(group[-1], workshop)
+            self._score(group[-1])
 
     # --- what it looks like from outside ---------------------------------------------------------
 
@@ -218,9 +216,7 @@ class Course:
             "owner": self.owner,
             "states": list(self.states),
             "memories": self.memories,
-            "matrices": {name: list(pair) for name, pair in self.matrices.items()},
-            "validation": None if self.validation is None else list(self.validation),
-            "general": torch.tensor(self.general, dtype=torch.float64),
+            "marks": self.marks.state(),
             "before": self.before,
             "seconds": self.seconds + time.perf_counter() - self.started,
             "updates": self.updates,
@@ -247,10 +243,7 @@ class Course:
         course = cls(services, system, restore_model(base, state["model"]).to(device))
         course.group, course.stage, course.owner = state["group"], state["stage"], state["owner"]
         course.states, course.memories = state["states"], state["memories"]
-        course.matrices = {name: (a, b) for name, (a, b) in state["matrices"].items()}
-        kept = state["validation"]
-        course.validation = None if kept is None else (kept[0], kept[1])
-        course.general = state["general"].tolist()
+        course.marks.restore(state["marks"])
         course.before, course.seconds = state["before"], state["seconds"]
         course.updates, course.absorbed = state["updates"], state["absorbed"]
         course.carried, course.phase = state["carried"], state["phase"]
@@ -331,10 +324,8 @@ class Course:
             first=self.group == 0 and not self.flowing,
         )
 
-    def _counted(self, event: str, fields: dict[str, Any]) -> None:
-        if event == "phase":
-            self.updates += fields["total"]
-        self.services.watch(event, fields)
+    def _stepped(self) -> None:
+        self.updates += 1
 
     def _validate(self) -> Callable[[], float] | None:
         tasks = [self.stream[i] for i in self.groups[self.group]]
@@ -354,54 +345,8 @@ class Course:
         return score
 
     def _part_done(self, part: int) -> None:
-        self._evaluate(part, self._workshop())
+        self._score(part)
 
-    def _evaluate(self, row: int, workshop: TaskWorkshop) -> None:
-        """Score every task seen, by everything that the system deploys; fill row `row`."""
-        self.model.eval()
-        for name, shown in self._deploys(workshop).items():
-            with shown:
-                pair = self.matrices.setdefault(name, self._empty())
-                self._fill(pair, row, "test")
-                self.services.watch(
-                    "evaluate",
-                    {
-                        **self.where(),
-                        **({"deploy": name} if name else {}),
-                        "restricted": pair[0][row].tolist(),
-                        "unrestricted": pair[1][row].tolist(),
-                    },
-                )
-                if self.plan.validate and name == next(iter(self.matrices)):
-                    self.validation = self.validation or self._empty()
-                    self._fill(self.validation, row, "validation")
-        self._score_general()
-
-    def _fill(self, pair: tuple[Tensor, Tensor], row: int, split: str) -> None:
-        size = self.plan.settings.eval_batch_size
-        for column in range(row + 1):
-            task = self.stream[column]
-            found = self.reader.score(self.model, task, task.data[split], size)
-            pair[0][row, column] = found.restricted if self.plan.restricts() else NAN
-            pair[1][row, column] = found.unrestricted
-
-    def _deploys(self, workshop: TaskWorkshop) -> dict[str, Any]:
-        found: dict[str, Any] = {"": nullcontext()}
-        for boundary in self.boundaries:
-            if type(boundary).deploys is not Boundary.deploys:
-                if list(found) != [""]:
-                    raise ConfigError(
-                        "deploys: two entries of the run say what is to be evaluated; "
-                        "combine one of them with other strategies"
-                    )
-                found = boundary.deploys(workshop)
-        return found
-
-    def _empty(self) -> tuple[Tensor, Tensor]:
-        shape = (len(self.stream), len(self.stream))
-        made = [torch.full(shape, NAN, dtype=torch.float64) for _ in range(2)]
-        return made[0], made[1]
-
-    def _score_general(self) -> None:
-        if self.services.general is not None:
-            self.general.append(cast("Any", self.services).general(self.model))
+    def _score(self, row: int) -> None:
+        workshop = self._workshop()
+        self.marks.score(self.model, row, self.boundaries, workshop, self.where())

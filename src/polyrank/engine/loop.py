@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,12 +22,14 @@ from polyrank.engine.plan import Plan
 from polyrank.engine.progress import Bar
 from polyrank.engine.result import Result
 from polyrank.engine.settings import Settings
-from polyrank.errors import ConfigError
+from polyrank.errors import ConfigError, RunError
 from polyrank.frame import Method, Strategy
 from polyrank.io.checkpoints import Checkpoints
 from polyrank.io.runs import RunFolder
 from polyrank.layers import adapt
 from polyrank.streams import Stream
+
+_log = logging.getLogger(__name__)
 
 
 def run(
@@ -145,10 +148,17 @@ def _recorded(folder: RunFolder) -> Iterator[None]:
     except BaseException as error:
         stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
         status = "interrupted" if stopped else "failed"
-        folder.event(status, error=f"{type(error).__name__}: {error}")
-        folder.finish(status)
+        try:
+            folder.event(status, error=f"{type(error).__name__}: {error}")
+            folder.finish(status)
+        except (RunError, OSError) as second:
+            # A full disk takes neither; what went wrong first is what counts.
+            _log.warning("the run could not be marked as %s: %s", status, second)
         raise
-    folder.finish()
+    else:
+        folder.finish()
+    finally:
+        folder.close()
 
 
 @contextmanager

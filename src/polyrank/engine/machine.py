@@ -149,13 +149,13 @@ class Engine:
 
     # --- checkpoints -----------------------------------------------------------------------------
 
-    def _pause(self, make: Callable[[], dict[str, Any]]) -> None:
+    def _pause(self, make: Callable[[], dict[str, Any]], always: bool = False) -> None:
         """Save if it is time to, or if a signal has come; then the run ends here."""
         self.calls += 1
         every = self.places.save_every
         due = self.calls >= every if every else time.monotonic() - self.saved >= SECONDS
         asked = self.interrupts.asked is not None
-        if not (due or asked):
+        if not (due or asked or always):
             return
         state = make()
         self.checkpoints.save({"system": self.number, "course": state})
@@ -169,8 +169,8 @@ class Engine:
     def _entries(self, course: Course) -> list[dict[str, Any]]:
         """Return one entry for every model that a system deploys; the first one is its own."""
         system, model = course.system, course.model
-        found = []
-        for name, (restricted, unrestricted) in course.matrices.items():
+        found: list[dict[str, Any]] = []
+        for name, (restricted, unrestricted) in course.marks.matrices.items():
             own = not found
             entry = {
                 "name": system.name if own else f"{system.name}@{name}",
@@ -185,10 +185,10 @@ class Engine:
             }
             if name:
                 entry["deploy"] = name
-            if own and course.general:
-                entry["general"] = list(course.general)
-            if own and course.validation is not None:
-                first, second = (part.numpy() for part in course.validation)
+            if own and course.marks.general:
+                entry["general"] = list(course.marks.general)
+            if own and course.marks.validation is not None:
+                first, second = (part.numpy() for part in course.marks.validation)
                 entry["validation"] = self._figures(first, second, "validation")
             found.append(entry)
         return found

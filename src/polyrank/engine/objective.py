@@ -38,10 +38,10 @@ class Objective:
         chosen: tuple[str, ...] | None = None,
     ) -> None:
         self.reader = reader
-        task = next((found for s in strategies if (found := s.task_loss()) is not None), None)
-        replays = [found for s in strategies if (found := s.replay()) is not None]
+        tasks = [loss for s in strategies if (loss := s.task_loss()) is not None]
+        replays = [asked for s in strategies if (asked := s.replay()) is not None]
         self.replay = replays[0] if replays else None
-        own = task or reader.loss()
+        own = tasks[0] if tasks else reader.loss()
         if self.replay is not None and not self.replay.shared:
             own.role = own.role or "train"
         self.losses = [own, *(loss for e in (method, *strategies) for loss in e.losses())]

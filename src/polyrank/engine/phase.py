@@ -40,7 +40,8 @@ class Training:
         hidden: whether the scenario hides which task a row belongs to.
         carried: optimiser state at the end of the task's last phase.
         check: scores the validation rows, for phases that are checked.
-        pause: called at the end of every update.
+        stepped: called at the end of every update.
+        pause: called after it, where the state may be saved.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class Training:
     carried: dict[str, Any] | None = None
     check: Callable[[], str] | None = None
     validate: Callable[[], float] | None = None
+    stepped: Callable[[], None] = field(default=lambda: None)
     pause: Pause = field(default=lambda make: None)
 
 
