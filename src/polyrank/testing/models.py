@@ -65,6 +65,44 @@ class Tiny:
             return {**batch, "labels": labels}
         return {**batch, "labels": labels}
 
+    def tokenizer(self) -> Any:
+        """Return a tokenizer of small letters, blanks and colons that fits the model.
+
+        0 pads, 1 begins and 2 ends a text, 3 is unknown, 4 is "a"; CLIP's texts end with the
+        highest token, which is the colon elsewhere.
+        """
+        from tokenizers import Regex, Tokenizer, decoders, models, normalizers
+        from tokenizers.pre_tokenizers import Split
+        from tokenizers.processors import TemplateProcessing
+        from transformers import PreTrainedTokenizerFast
+
+        letters = [chr(ord("a") + i) for i in range(26)]
+        captions = self.kind == "captions"
+        last = ["<end>" if captions else ":"]
+        known = ["<pad>", "<s>", "</s>", "<unk>", *letters, " ", *last]
+        numbers = {token: number for number, token in enumerate(known)}
+        bare = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+        bare.normalizer = normalizers.Lowercase()
+        bare.pre_tokenizer = Split(Regex("."), "isolated")
+        bare.decoder = decoders.Fuse()
+        end = "<end>" if captions else "</s>"
+        around = {"tokens": "<s> $A", "pairs": "$A </s>"}.get(self.kind, f"<s> $A {end}")
+        bare.post_processor = TemplateProcessing(
+            single=around,
+            pair=f"{around} $B:1 {end}:1",
+            special_tokens=[(token, numbers[token]) for token in ("<s>", end)],
+        )
+        names = ["input_ids", "attention_mask"]
+        return PreTrainedTokenizerFast(
+            tokenizer_object=bare,
+            bos_token="<s>",
+            eos_token=end,
+            unk_token="<unk>",
+            pad_token="<pad>",
+            model_input_names=[*names, "token_type_ids"] if self.kind == "sentences" else names,
+            clean_up_tokenization_spaces=False,
+        )
+
     def read(self, output: Any) -> Tensor:
         """Return the answer of a forward, (batch, …)."""
         found: Tensor = getattr(output, self.answer)
