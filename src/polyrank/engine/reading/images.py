@@ -98,9 +98,12 @@ def pixels_for(model: nn.Module, processor: Any = None) -> Pixels | None:
     size = getattr(config, "image_size", None)
     if size is None and processor is None:
         return None
-    # With a processor, it decides about the size.
+    # A processor decides about the size, and about the channels that it normalises.
     height, width = (size, size) if isinstance(size, int) else tuple(size or (1, 1))
+    means = getattr(processor, "image_mean", None)
     channels = getattr(config, "num_channels", None) or 3
+    if isinstance(means, (list, tuple)):
+        channels = len(means)
     return Pixels(height=height, width=width, channels=channels, processor=processor)
 
 
