@@ -42,6 +42,13 @@ def test_what_was_not_measured_is_left_out():
     assert statistics.sample_deviation([1, NAN, 3]) == near(math.sqrt(2))
 
 
+@pytest.mark.parametrize("value", [11.8, 0.1, 1 / 3, -0.7])
+def test_equal_values_do_not_deviate(value):
+    for count in range(2, 12):
+        assert statistics.mean([value] * count) == value
+        assert statistics.sample_deviation([value] * count) == 0
+
+
 def test_the_order_of_seeds_changes_no_digit():
     values = [random.Random(n).uniform(-1, 1) * 10**n for n in range(12)]
     found = {

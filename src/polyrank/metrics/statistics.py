@@ -7,10 +7,12 @@ NaN. Sums are exact (`math.fsum`), so that the order of seeds changes no digit.
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from polyrank.errors import ConfigError
 from polyrank.metrics._inputs import Scores, vector
 
+Seed = TypeVar("Seed", bound=Hashable)
 # A difference is marked only if it is larger than so many standard errors.
 MARK = 2.0
 # One point: rates whose score is this close to the best belong to its plateau.
@@ -43,7 +45,9 @@ def mean(values: Scores) -> float:
     Definition: x̄ = (1/n) Σ x_i
     """
     found = _measured(values)
-    return math.fsum(found) / len(found) if found else math.nan
+    # From the smallest value on, so that equal values have exactly that mean and no deviation.
+    low = min(found, default=math.nan)
+    return low + math.fsum(x - low for x in found) / len(found) if found else math.nan
 
 
 def sample_deviation(values: Scores) -> float:
@@ -54,7 +58,7 @@ def sample_deviation(values: Scores) -> float:
     found = _measured(values)
     if len(found) < 2:
         return math.nan
-    middle = math.fsum(found) / len(found)
+    middle = mean(found)
     return math.sqrt(math.fsum((x - middle) ** 2 for x in found) / (len(found) - 1))
 
 
@@ -67,9 +71,7 @@ def standard_error(values: Scores) -> float:
     return sample_deviation(found) / math.sqrt(len(found)) if found else math.nan
 
 
-def paired_difference(
-    values: Mapping[Hashable, float], baseline: Mapping[Hashable, float]
-) -> Difference:
+def paired_difference(values: Mapping[Seed, float], baseline: Mapping[Seed, float]) -> Difference:
     """Mean and standard error of the differences to a baseline, seed by seed.
 
     Definition: d_s = x_s − b_s over the seeds s that both have;  Δ = d̄,  SE = sd(d) / sqrt(n)

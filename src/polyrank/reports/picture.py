@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from polyrank.reports import words
 from polyrank.reports.view import System, View
 
-_PAPER, _INK, _SOFT, _EMPTY = "#ffffff", "#1c2326", "#66727a", "#f6f6f4"
+PAPER, INK, SOFT, _EMPTY = "#ffffff", "#1c2326", "#66727a", "#f6f6f4"
 _SCALE = LinearSegmentedColormap.from_list(
     "polyrank", ["#dcebe8", "#a3cdc7", "#4f9d9c", "#1b6a73", "#0b3f4b"]
 )
@@ -32,9 +32,9 @@ def draw(view: View, dpi: int = 200) -> bytes:
     rows = math.ceil(len(view.systems) / columns)
     width = _LEFT + columns * _MAP + (columns - 1) * _GAP + 0.35
     height = _TOP + rows * (_MAP + _BELOW + 0.4)
-    figure = Figure(figsize=(width, height), dpi=dpi, facecolor=_PAPER)
+    figure = Figure(figsize=(width, height), dpi=dpi, facecolor=PAPER)
     FigureCanvasAgg(figure)
-    family = _family()
+    family = typeface()
     _headline(figure, view, family, width, height)
     for n, system in enumerate(view.systems):
         row, column = divmod(n, columns)
@@ -57,14 +57,14 @@ def _headline(figure: Figure, view: View, family: str, width: float, height: flo
         family=family,
         size=15,
         weight="bold",
-        color=_INK,
+        color=INK,
         va="top",
     )
     below = (
         f"{stream['name']}, {stream['scenario']}, seed {view.run['seed']}: "
         "rows are the tasks trained so far, columns the task tested, all classes seen compete"
     )
-    figure.text(left, 1 - 0.62 / height, below, family=family, size=9.5, color=_SOFT, va="top")
+    figure.text(left, 1 - 0.62 / height, below, family=family, size=9.5, color=SOFT, va="top")
 
 
 def _map(axes: Axes, system: System, tasks: list[str], first: bool, family: str) -> None:
@@ -85,12 +85,12 @@ def _map(axes: Axes, system: System, tasks: list[str], first: bool, family: str)
                 family=family,
                 size=min(13, 40 / size),
                 weight="bold" if i == j else "normal",
-                color="white" if light else (_INK if j <= i else _SOFT),
+                color="white" if light else (INK if j <= i else SOFT),
             )
     # White lines between the cells, none around.
     axes.set_xticks(np.arange(size - 1) + 0.5, minor=True)
     axes.set_yticks(np.arange(size - 1) + 0.5, minor=True)
-    axes.grid(which="minor", color=_PAPER, linewidth=2.5 if size <= 12 else 0.5)
+    axes.grid(which="minor", color=PAPER, linewidth=2.5 if size <= 12 else 0.5)
     axes.tick_params(which="both", length=0, pad=5)
     axes.spines[:].set_visible(False)
     names = [words.clipped(task, 9) for task in tasks]
@@ -98,12 +98,12 @@ def _map(axes: Axes, system: System, tasks: list[str], first: bool, family: str)
     letters = max(map(len, names)) * 0.075 + 0.08
     across = range(0, size, max(1, math.ceil(size * letters / _MAP)))
     down = range(0, size, max(1, math.ceil(size / 12)))
-    style: dict[str, Any] = {"family": family, "size": 9, "color": _SOFT}
+    style: dict[str, Any] = {"family": family, "size": 9, "color": SOFT}
     axes.set_xticks(list(across), [names[j] for j in across], **style)
     axes.set_yticks(list(down), [f"after {names[i]}" if first else "" for i in down], **style)
     weight = "bold" if system.role == "method" else "normal"
     label = "\n".join(textwrap.wrap(system.label, 25, max_lines=2, placeholder=" …"))
-    axes.set_title(label, loc="left", family=family, size=11.5, weight=weight, color=_INK, pad=9)
+    axes.set_title(label, loc="left", family=family, size=11.5, weight=weight, color=INK, pad=9)
     _numbers(axes, system, family)
 
 
@@ -111,10 +111,10 @@ def _numbers(axes: Axes, system: System, family: str) -> None:
     average = words.fraction(system.metric("average_accuracy"), 2)
     lost = words.fraction(system.metric("forgetting"), 2)
     place: dict[str, Any] = {"transform": axes.transAxes, "family": family, "va": "top"}
-    axes.text(0, -0.17, average, size=17, weight="bold", color=_INK, **place)
-    axes.text(0, -0.31, "average accuracy", size=8.5, color=_SOFT, **place)
-    axes.text(0.62, -0.17, lost, size=17, color=_INK, **place)
-    axes.text(0.62, -0.31, "forgetting", size=8.5, color=_SOFT, **place)
+    axes.text(0, -0.17, average, size=17, weight="bold", color=INK, **place)
+    axes.text(0, -0.31, "average accuracy", size=8.5, color=SOFT, **place)
+    axes.text(0.62, -0.17, lost, size=17, color=INK, **place)
+    axes.text(0.62, -0.31, "forgetting", size=8.5, color=SOFT, **place)
 
 
 def _empty(axes: Axes, i: int, j: int) -> None:
@@ -123,6 +123,7 @@ def _empty(axes: Axes, i: int, j: int) -> None:
     axes.text(j, i, "·", ha="center", va="center", size=9, color="#b4bcc0")
 
 
-def _family() -> str:
+def typeface() -> str:
+    """The first font of the list that this machine has."""
     available = set(font_manager.get_font_names())
     return next((name for name in _FONTS if name in available), "sans-serif")

@@ -121,4 +121,6 @@ def _system(data: Mapping[str, Any]) -> System:
 
 def _average(matrix: np.ndarray, k: int) -> float:
     # A reference trained once has only its last row; the gap is shown as a gap.
-    return math.nan if np.isnan(matrix[k - 1, :k]).any() else metrics.average_accuracy(matrix, k)
+    if np.isnan(matrix[k - 1, :k]).any():
+        return math.nan
+    return metrics.average_accuracy(matrix, k, limits=(-math.inf, math.inf))
