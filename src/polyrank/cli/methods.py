@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from polyrank.cli.conflicts import show
 from polyrank.cli.facts import arguments, merging, summary
 
 HELP = """List all methods, or show one with its options, formula, source and capabilities.
@@ -20,6 +21,7 @@ HELP = """List all methods, or show one with its options, formula, source and ca
 \b
   polyrank methods
   polyrank methods smora
+  polyrank methods --conflicts
 """
 
 
@@ -28,13 +30,20 @@ def command(
     method_file: Annotated[
         Path | None, typer.Option(help="A Python file with your own method.")
     ] = None,
+    conflicts: Annotated[
+        bool, typer.Option("--conflicts", help="Which ones work together, and why others do not.")
+    ] = False,
 ) -> None:
-    """Print the catalogue or one entry."""
+    """Print the catalogue, one entry, or what works together."""
     from polyrank import frame
 
     console = Console(highlight=False)
     if method_file is not None:
         name = frame.load_file(method_file).name
+    if conflicts:
+        chosen = None if name is None else frame.get(name).name
+        show(console, [frame.get(each) for each in frame.names()], chosen)
+        return
     if name is not None:
         _show(console, frame.get(name))
         return

@@ -149,7 +149,7 @@ class Quadratic:
         """
         found = []
         for name, weight in self.weights.items():
-            if name not in like or not _inside(weight.shape, like[name].shape):
+            if name not in like or not _inside(name, weight.shape, like[name].shape):
                 today = tuple(like[name].shape) if name in like else "nothing"
                 raise ConfigError(
                     f"anchor of {name}: it has the shape {tuple(weight.shape)}, and the adapter of "
@@ -171,14 +171,16 @@ def weighted_squares(now: Mapping[str, Tensor], terms: Sequence[Term]) -> Tensor
     return (weights * gaps.square()).sum()
 
 
-def _inside(small: torch.Size, large: torch.Size) -> bool:
-    return small[1:] == large[1:] and small[:1] <= large[:1]
+def _inside(name: str, small: torch.Size, large: torch.Size) -> bool:
+    """Say whether a tensor of today holds what was kept of it: the rows of a head grow."""
+    grown = name.startswith("head-") and small[1:] == large[1:] and small[:1] <= large[:1]
+    return small == large or grown
 
 
 def _padded(value: Tensor, shape: torch.Size, name: str) -> Tensor:
     if value.shape == shape:
         return value
-    if not _inside(value.shape, shape):
+    if not _inside(name, value.shape, shape):
         raise ConfigError(
             f"anchor of {name}: it has the shape {tuple(value.shape)}, and the one to add "
             f"{tuple(shape)}; only a head may grow"
