@@ -59,7 +59,7 @@ def choose(
     values = {**small, **(_collect(problems, lambda: pairs(options, "--set")) or {})}
     made = _collect(problems, frame.method, name, **values)
     settings = _collect(problems, lambda: Settings.build(pairs(train, "--train")))
-    combined = [_collect(problems, frame.method, word) for word in strategies]
+    combined = [_collect(problems, lambda word=word: strategy(word)) for word in strategies]
     _collect(problems, find_stream, stream)
     problems += unknown(references)
     if made is not None and not isinstance(made, frame.Method):
@@ -80,3 +80,46 @@ def _collect(problems: list[str], make: Callable[..., Any], /, *words: str, **va
     except ConfigError as error:
         problems += error.problems
         return None
+
+
+def strategy(word: str) -> Any:
+    """Build a strategy from NAME or NAME:OPTION=VALUE,OPTION=VALUE.
+
+    Raises:
+        ConfigError: if it is none, or an option is wrong.
+    """
+    from polyrank import frame
+
+    name, _, options = word.partition(":")
+    return frame.method(name, **pairs(options.split(","), "--with") if options else {})
+
+
+def targets(words: Sequence[str] | None) -> list[str] | str | None:
+    """Return what `--target` names: a keyword of PEFT, a list of modules, or nothing."""
+    if not words:
+        return None
+    return words[0] if list(words) == ["all-linear"] else list(words)
+
+
+def unique(seeds: Sequence[int]) -> list[int]:
+    """Return the seeds as they are.
+
+    Raises:
+        ConfigError: if one is given twice, or is below 0.
+    """
+    problems = [f"seed: got {s}, expected an integer >= 0" for s in seeds if s < 0]
+    problems += [f"seed: got {s} twice; leave one out" for s in {*seeds} if seeds.count(s) > 1]
+    if problems:
+        raise ConfigError(problems)
+    return list(seeds)
+
+
+def repeated(words: Sequence[str], seed: int) -> list[str]:
+    """Return a command for one seed alone, without a folder: what repeats one run of several."""
+    kept, skipping = [], False
+    for word in words:
+        if word.startswith("-"):
+            skipping = word.partition("=")[0] in ("--seed", "--out")
+        if not skipping:
+            kept.append(word)
+    return [*kept, "--seed", str(seed)]

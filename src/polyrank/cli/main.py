@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from polyrank.cli import doctor, methods, new_method, report, run, streams, sweep
+from polyrank.cli import compare, doctor, methods, new_method, report, resume, run, streams, sweep
 from polyrank.cli.values import spread
 from polyrank.errors import ConfigError, PolyrankError
 
@@ -41,7 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for module in (run, sweep, methods, streams, report, new_method, doctor):
+for module in (run, resume, sweep, methods, streams, report, compare, new_method, doctor):
     word = module.__name__.rpartition(".")[2].replace("_", "-")
     app.command(word, help=module.HELP)(module.command)
 
@@ -63,7 +63,8 @@ def _errors_only(record: logging.LogRecord) -> bool:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 a check of `doctor` failed, 2 something to correct, 130 interrupted.
+    Exit codes: 0 done, 1 a check of `doctor` failed, 2 something to correct, 130 and 143 stopped by
+    SIGINT and SIGTERM, with a checkpoint.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     quiet()

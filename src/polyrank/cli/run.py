@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from polyrank.cli.choices import choose
+from polyrank.cli.choices import choose, repeated, targets, unique
+from polyrank.cli.outcome import show
 
 HELP = """Take a method through a stream of tasks and report.
 
@@ -20,7 +20,10 @@ beside it.
 \b
   polyrank run --method lora --set r=8 alpha=16
   polyrank run --method smora --set r=32 k=4 --train epochs=5 lr=1e-3 --out runs/mine
+  polyrank run --method lora --with replay:capacity=0.1,by=class --seed 0 1 2
   polyrank run --method-file my_method.py
+
+The same command again continues a run that was stopped.
 """
 Word = str | None
 Words = list[str] | None
@@ -32,11 +35,18 @@ def command(
         Word, typer.Option(help="Name of a method; `polyrank methods` lists them.")
     ] = None,
     set_: Annotated[Words, typer.Option("--set", help="Options of the method: r=16 k=4.")] = None,
-    with_: Annotated[Words, typer.Option("--with", help="Strategies to add to the method.")] = None,
+    with_: Annotated[
+        Words, typer.Option("--with", help="Strategies to add: ewc, replay:capacity=0.1,by=class.")
+    ] = None,
     stream: Annotated[str, typer.Option(help="See `polyrank streams`; or a YAML file.")] = "digits",
     model: Annotated[
         Word,
-        typer.Option(help="Folder or hub id of an image classifier; else a small one is made."),
+        typer.Option(
+            help="Folder or hub id of a model; else the small one the stream is meant for."
+        ),
+    ] = None,
+    target: Annotated[
+        Words, typer.Option(help="Modules to adapt, as in PEFT: q_proj v_proj, or all-linear.")
     ] = None,
     train: Annotated[
         Words, typer.Option(help="Training of each task: epochs=15 batch_size=32 lr=3e-3 …")
@@ -45,8 +55,14 @@ def command(
         Words, typer.Option(help="What to show beside it: sequential joint probe, or none.")
     ] = None,
     method_file: Annotated[Place, typer.Option(help="A Python file with your own method.")] = None,
-    seed: Annotated[int, typer.Option(help="Key of every random draw.")] = 0,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Key of every random draw; several make a run each.")
+    ] = None,
     out: Annotated[Place, typer.Option(help="Folder of the run; else a free one in runs/.")] = None,
+    validate: Annotated[bool, typer.Option(help="Score the validation rows too.")] = False,
+    save_every: Annotated[
+        int | None, typer.Option(help="Updates between two checkpoints; else twice a minute.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option(help="Replace an interrupted run, or the same one, in --out.")
     ] = False,
@@ -56,9 +72,8 @@ def command(
 ) -> None:
     """Run, print the tables, write the report."""
     from polyrank import engine
-    from polyrank.reports import terminal_table
 
-    shown = engine.REFERENCES if references is None else [w for w in references if w != "none"]
+    shown = None if references is None else [w for w in references if w != "none"]
     chosen = choose(
         method,
         method_file,
@@ -67,21 +82,27 @@ def command(
         train or [],
         embedded=model is None,
         stream=stream,
-        references=shown,
+        references=shown or [],
     )
-    result = engine.run(
-        model,
-        stream,
-        chosen.method,
-        strategies=chosen.strategies,
-        references=shown,
-        train=chosen.settings,
-        seed=seed,
-        out=out,
-        overwrite=overwrite,
-        command=["polyrank", *sys.argv[1:]],
-    )
-    console = Console(highlight=False)
-    console.print(terminal_table(result.results))
-    where = f"report: {result.report()}" if report else f"run: {result.path}"
-    console.print(where, soft_wrap=True)
+    seeds = unique(seed or [0])
+    results = []
+    for number in seeds:
+        folder = out if len(seeds) == 1 or out is None else out / f"seed-{number}"
+        results.append(
+            engine.run(
+                model,
+                stream,
+                chosen.method,
+                strategies=chosen.strategies,
+                references=shown,
+                train=chosen.settings,
+                target_modules=targets(target),
+                seed=number,
+                validate=validate,
+                out=folder,
+                overwrite=overwrite,
+                save_every=save_every,
+                command=["polyrank", *repeated(sys.argv[1:], number)],
+            )
+        )
+    show(results, report, out)

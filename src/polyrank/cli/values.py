@@ -9,7 +9,7 @@ from typing import Any
 from polyrank.errors import ConfigError
 
 # Options that take several values behind one flag, as in `--set r=16 k=4`.
-MANY = ("--set", "--train", "--with", "--references")
+MANY = ("--set", "--train", "--with", "--references", "--seed", "--target")
 
 
 def value(text: str) -> Any:
