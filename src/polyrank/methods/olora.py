@@ -91,5 +91,5 @@ class OLoRA(Method):
 
     @classmethod
     def samples(cls) -> list[Method]:
-        """As released; squares and norms."""
-        return [cls(r=4), cls(r=4, power=2, lambda_2=0.1)]
+        """Overlap and norms."""
+        return [cls(r=4, lambda_2=0.1)]
