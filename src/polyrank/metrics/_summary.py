@@ -96,17 +96,7 @@ def summary(
     # What is malformed raises whatever `missing` says; only unmeasured scores may turn into NaN.
     a = square(matrix, limits)
     n, k = sample_counts(counts, len(a)), trained(k, len(a))
-    wanted: dict[str, Callable[..., float]] = {
-        "average_accuracy": survey.average_accuracy,
-        "average_incremental_accuracy": survey.average_incremental_accuracy,
-        "forgetting": survey.forgetting,
-        "backward_transfer": survey.backward_transfer,
-        "plasticity": survey.plasticity,
-        "weighted_average_accuracy": partial(survey.weighted_average_accuracy, counts=n),
-        "weighted_average_incremental_accuracy": partial(
-            survey.weighted_average_incremental_accuracy, counts=n
-        ),
-    }
+    wanted = _plain(n)
     if joint is not None:
         best = reference(joint, len(a), limits, "joint")
         wanted["intransigence"] = partial(survey.intransigence, joint=best)
@@ -121,14 +111,34 @@ def summary(
         wanted["global_forgetting"] = partial(shares.global_forgetting, classes=sizes)
     found = {name: _value(f, a, k, limits, missing) for name, f in wanted.items()}
     if restricted is not None:
-        own = square(restricted, limits)
-        if len(own) != len(a):
-            raise ConfigError(
-                f"restricted: got {len(own)} rows, expected {len(a)} as in the matrix; pass both "
-                "of the same run"
-            )
+        own = _alike(restricted, len(a), limits)
         found["local_forgetting"] = _value(shares.local_forgetting, own, k, limits, missing)
     return found
+
+
+def _plain(counts: Array) -> dict[str, Callable[..., float]]:
+    """What needs no more than a matrix and the number of test samples."""
+    return {
+        "average_accuracy": survey.average_accuracy,
+        "average_incremental_accuracy": survey.average_incremental_accuracy,
+        "forgetting": survey.forgetting,
+        "backward_transfer": survey.backward_transfer,
+        "plasticity": survey.plasticity,
+        "weighted_average_accuracy": partial(survey.weighted_average_accuracy, counts=counts),
+        "weighted_average_incremental_accuracy": partial(
+            survey.weighted_average_incremental_accuracy, counts=counts
+        ),
+    }
+
+
+def _alike(restricted: Scores, size: int, limits: Limits) -> Array:
+    own = square(restricted, limits)
+    if len(own) != size:
+        raise ConfigError(
+            f"restricted: got {len(own)} rows, expected {size} as in the matrix; pass both of the "
+            "same run"
+        )
+    return own
 
 
 def _value(
