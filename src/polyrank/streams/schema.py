@@ -306,6 +306,11 @@ def read_as(
     while found := _errors(model, document):
         for fault in found:
             where, message, guess = _told(fault, keys)
+            if any(key[: len(where)] == where for key, _ in faults):
+                # An emptied entry of a list of words or numbers is at fault again.
+                twice = any(key == where for key, _ in faults)
+                document = _without(document, where[:-1] if twice else where)
+                continue
             faults.append((where, message))
             silent |= {where} | ({(*where[:-1], guess)} if guess else set())
             document = _without(document, where)
