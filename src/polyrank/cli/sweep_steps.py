@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -40,15 +41,24 @@ def outline(path: Path, folder: Path, *, probe: bool) -> None:
 
 def run(path: Path, folder: Path, *, probe: bool) -> list[str]:
     """Make the runs that are left; return what went wrong in some of them."""
-    from polyrank.engine.sweep.once import Once
     from polyrank.engine.sweep.resolve import resolve
     from polyrank.engine.sweep.runner import work
+
+    sweep = resolve(path, probe=probe)
+    makers: list[Any] = []
+
+    def one(point: Any, place: Path) -> Any:
+        if not makers:
+            # A finished sweep need not wait for transformers and PEFT.
+            from polyrank.engine.sweep.once import Once
+
+            makers.append(Once(sweep, folder))
+        return makers[0](point, place)
 
     def say(text: str) -> None:
         typer.echo(text, err=True)
 
-    sweep = resolve(path, probe=probe)
-    return work(sweep.lock(), folder, Once(sweep, folder), keep=sweep.spec.keep, say=say)
+    return work(sweep.lock(), folder, one, keep=sweep.spec.keep, say=say)
 
 
 def report(folder: Path) -> None:

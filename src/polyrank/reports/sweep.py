@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyrank.engine.sweep.records import LOCK, Line, by_group, read
+from polyrank.engine.sweep.runner import unequal
 from polyrank.engine.sweep.schedule import Group, Runs, rates
 from polyrank.engine.sweep.select import Choice, choose
 from polyrank.errors import RunError
@@ -105,7 +106,7 @@ def report_sweep(path: str | os.PathLike[str]) -> tuple[Sheet, dict[str, Path]]:
         (what is shown, file name to path).
 
     Raises:
-        RunError: if the folder holds no sweep.
+        RunError: if the folder holds no sweep, or methods were not trained alike.
     """
     # Only here, as a picture takes a second to import and the tables need none.
     from polyrank.reports import sweep_picture
@@ -123,7 +124,7 @@ def prepare(path: str | os.PathLike[str]) -> Sheet:
     """Read a sweep's folder.
 
     Raises:
-        RunError: if it holds none.
+        RunError: if it holds none, or methods were not trained alike.
     """
     folder = Path(path)
     if not (folder / LOCK).is_file():
@@ -132,9 +133,15 @@ def prepare(path: str | os.PathLike[str]) -> Sheet:
 
 
 def sheet_of(lock: Mapping[str, Any], lines: Sequence[Line]) -> Sheet:
-    """Select rates and compare methods, from the contents of spec.lock and runs.jsonl."""
+    """Select rates and compare methods, from the contents of spec.lock and runs.jsonl.
+
+    Raises:
+        RunError: if methods were not trained alike.
+    """
     groups = [Group.read(values) for values in lock["groups"]]
     runs = by_group(lines)
+    if problems := unequal(groups, runs):
+        raise RunError("\n".join(problems))
     chosen = {group.id: _choice(group, groups, runs) for group in groups}
     by_id = {group.id: group for group in groups}
     rows = []

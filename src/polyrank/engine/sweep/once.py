@@ -17,6 +17,7 @@ from polyrank.engine.loop import run
 from polyrank.engine.sweep.facts import facts, fallen
 from polyrank.engine.sweep.resolve import Recipe, Sweep
 from polyrank.engine.sweep.schedule import Point
+from polyrank.engine.vit import quiet
 from polyrank.errors import RunError
 from polyrank.io import RunFolder
 from polyrank.streams import Stream
@@ -46,7 +47,7 @@ class Once:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:
-            with _threads(self._plain.threads):
+            with quiet(), _threads(self._plain.threads):
                 _one(
                     self._bases[point.seed],
                     self._streams[point.seed].fresh(),

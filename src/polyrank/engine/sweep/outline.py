@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from polyrank.engine.sweep.grid import EXTRA
 from polyrank.engine.sweep.records import FINISHED, Line, by_group
+from polyrank.engine.sweep.runner import counted
 from polyrank.engine.sweep.schedule import Group, missing, rates
 
 
@@ -28,7 +29,7 @@ def outline(
         left, most = left + absent + later, most + (2 * EXTRA * len(group.seeds) if wide else 0)
         steps += (absent + later) * updates(group)
         found.append(_said(group, tried, absent, updates(group)))
-    found.append(f"{left} runs left, {steps} updates" + _beyond(most))
+    found.append(f"{counted(left, 'run')} left, {counted(steps, 'update')}{_beyond(most)}")
     rate = _seconds_per_update(lines)
     found.append(
         "time: no run is finished yet to tell from"
@@ -45,12 +46,14 @@ def _said(group: Group, tried: Sequence[int], absent: int, updates: int) -> str:
     else:
         ends = f"{group.grid.rate(tried[0]):.2e} to {group.grid.rate(tried[-1]):.2e}"
         what = f"{len(tried)} rates from {ends}" if len(tried) > 1 else f"one rate, {ends[:8]}"
-    many = f"{len(group.seeds)} seeds" if len(group.seeds) > 1 else "one seed"
-    return f"{name}: {what}, {many}, {updates} updates a run; {absent} runs left"
+    many = f"{counted(len(group.seeds), 'seed')}, {counted(updates, 'update')} a run"
+    return f"{name}: {what}, {many}; {counted(absent, 'run')} left"
 
 
 def _beyond(most: int) -> str:
-    return f"; at most {most} runs more where the best rate is at an edge" if most else ""
+    return (
+        f"; at most {counted(most, 'run')} more where the best rate is at an edge" if most else ""
+    )
 
 
 def _seconds_per_update(lines: Sequence[Line]) -> float | None:

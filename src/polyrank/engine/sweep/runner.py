@@ -66,8 +66,13 @@ def work(
             records.append(line)
             if line["state"] == "error":
                 failed[left[0].id] = f"{_name(left[0])}: {line['error']}"
-            say(f"{_name(left[0])}: {_said(line)}; {len(left) - 1} runs left")
+            say(f"{_name(left[0])}: {_said(line)}; {counted(len(left) - 1, 'run')} left")
     return list(failed.values())
+
+
+def counted(number: int, word: str) -> str:
+    """Return "1 run", "2 runs"."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def place(point: Point, folder: Path) -> Path:

@@ -82,6 +82,13 @@ def _strategies(value: Any) -> tuple[tuple[str, dict[str, Any]], ...]:
     return tuple(found)
 
 
+def _targets(value: Any) -> Any:
+    words = value if isinstance(value, list) and value else [value]
+    if any(not isinstance(word, str) or not word for word in words):
+        refuse(f"got {shown(value)}, expected names of layers; write all-linear, or [q, v]")
+    return value
+
+
 def _distinct(value: Any) -> Any:
     if not isinstance(value, list) or not value:
         refuse(f"got {shown(value)}, expected a list of at least one number; write [0, 1, 2]")
@@ -164,7 +171,7 @@ class Spec(Model):
     methods: dict[Word, Annotated[Entry, BeforeValidator(_empty)]] = Field(default_factory=dict)
     stream: Word = "digits"
     model: Word | None = None
-    target_modules: Word | list[Word] | None = None
+    target_modules: Annotated[str | list[str] | None, PlainValidator(_targets)] = None
     lr: Annotated[Rates, BeforeValidator(_rates)] = Rates()
     lr_fixed_because: Word | None = None
     extend: bool = True
