@@ -93,7 +93,10 @@ def test_a_pipe_without_greek_letters_gets_no_traceback(tmp_path):
     ("words", "says"),
     [
         (("compare", "missing"), "missing: does not exist, expected a run folder"),
-        (("compare", "."), "broken: is not finished (status 'interrupted'); repeat its command"),
+        (
+            ("compare", "."),
+            "broken: is not finished (status 'interrupted'); go on with `polyrank resume broken`",
+        ),
         (("compare", "run", "--baseline", "smroa"), "did you mean 'smora'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",

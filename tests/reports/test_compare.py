@@ -349,8 +349,17 @@ def test_every_unfinished_run_is_named_with_the_remedy(tmp_path, status):
     assert len(lines) == 2
     for line, seed in zip(lines, (0, 2), strict=True):
         assert f"run-{seed}: is not finished (status '{status}')" in line
-        assert f"repeat its command to go on: polyrank run --seed {seed}, or leave it out" in line
+        assert f"go on with `polyrank resume {tmp_path / f'run-{seed}'}`, or leave it out" in line
+        assert ("wait for it, or go" in line) == (status == "running")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_begun_from_python_goes_on_from_python(tmp_path):
+    path = write(tmp_path / "a", [method(two(0.9, 0.5, 0.9))], status="interrupted")
+    folder = RunFolder.open(path)
+    folder.update(command=["/usr/bin/study.py"])
+    with pytest.raises(RunError, match=r"go on by its call with out='.*a', or leave it out"):
+        compare_view.gather([path])
 
 
 @pytest.mark.parametrize(

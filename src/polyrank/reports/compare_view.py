@@ -15,7 +15,6 @@ from polyrank.errors import ConfigError, RunError, nearest
 from polyrank.io import RunFolder
 from polyrank.io.runs import RUN
 from polyrank.reports.page import flat
-from polyrank.reports.view import View
 from polyrank.reports.words import clipped
 
 # Metrics of the headline matrix, and what is read beside it.
@@ -186,8 +185,10 @@ def _finished(folders: Sequence[RunFolder]) -> None:
 
 
 def _remedy(folder: RunFolder) -> str:
-    command = View(run=folder.run, tasks=[], counts=[], systems=[]).command
-    return f"repeat its command to go on: {command}" if command else "repeat its call to go on"
+    waits = "wait for it, or " if folder.run["status"] == "running" else ""
+    if folder.run["command"][:2] == ["polyrank", "run"]:
+        return f"{waits}go on with `polyrank resume {folder.path}`"
+    return f"{waits}go on by its call with out={str(folder.path)!r}"
 
 
 def _one_stream(folders: Sequence[RunFolder]) -> None:
