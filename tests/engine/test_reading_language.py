@@ -208,10 +208,22 @@ def test_the_chosen_label_is_the_most_likely_text(family):
     for prompt, label in zip(prompts, chosen, strict=True):
         odds = [log_probability(model, read, prompt, other, 4) for other in LABELS]
         assert label == LABELS[int(np.argmax(odds))]
-    # Of a longer room nothing is left, and the prompt is the same beside every label.
-    if family != "t5":
-        long = [read.pairs([("abc " * 9, label)], 4)["input_ids"][0] for label in LABELS]
-        assert len({tuple(ids[:14].tolist()) for ids in long}) == 1
+
+
+def test_labels_are_compared_after_the_same_prompt(monkeypatch):
+    read, model, seen = causal(18), MODELS["llama"].build(), []
+    ranked = read.ranked
+    monkeypatch.setattr(
+        read, "ranked", lambda model, batch, memory: seen.append(batch) or ranked(model, batch, {})
+    )
+    read.choose(model, ["abc " * 9, "k:"], LABELS)
+    prompts = [
+        [ids[(ids != 0) & (labels == -100)].tolist() for ids, labels in zip(*pair, strict=True)]
+        for pair in ((batch["input_ids"], batch["labels"]) for batch in seen)
+    ]
+    # The longest label and its end take four of eighteen places.
+    assert [len(ids) for ids in prompts[0]] == [14, 3]
+    assert prompts == [prompts[0]] * 3
 
 
 @pytest.mark.parametrize("family", READERS)
