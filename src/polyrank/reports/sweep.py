@@ -257,10 +257,10 @@ def terminal_sweep(sheet: Sheet) -> Table:
 def notes(sheet: Sheet) -> list[str]:
     """What the table means and what limits it, a sentence or two each."""
     seeds = sorted({seed for row in sheet.rows for seed in row.group.seeds})
-    listed = ", ".join(map(str, seeds))
+    listed = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     found = [
         f"stream {sheet.lock['stream']['name']}; rates selected by the mean validation "
-        f"{sheet.score} over seeds {listed}, of tied rates the smaller one; test took no part",
+        f"{sheet.score} over {listed}, of tied rates the smaller one; test took no part",
     ]
     if len(seeds) > 1:
         found.append("sd: sample standard deviation over seeds")
@@ -281,9 +281,9 @@ def notes(sheet: Sheet) -> list[str]:
     found += [f"{label} has one rate, because: {reason}" for label, reason in fixed.items()]
     found += sorted({_probed(row) for row in sheet.rows if row.probe is not None})
     if sheet.unused:
+        are = "line of runs.jsonl is" if sheet.unused == 1 else "lines of runs.jsonl are"
         found.append(
-            f"{sheet.unused} lines of runs.jsonl are of other settings or another version of the "
-            "code and not used"
+            f"{sheet.unused} {are} of other settings or another version of the code and not used"
         )
     return found
 

@@ -53,9 +53,9 @@ def draw(sheet: Sheet, dpi: int = 160) -> bytes:
     axes.grid(color="#e6e9ea", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_SOFT, labelsize=9)
-    axes.legend(
-        loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=9, labelcolor=_INK
-    )
+    if axes.get_lines():
+        place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0)}
+        axes.legend(**place, frameon=False, fontsize=9, labelcolor=_INK)
     title = f"{sheet.lock['name']}: what each method makes of a rate"
     figure.text(0.09, 0.94, title, size=13, color=_INK)
     below = "ring: selected rate; band: standard deviation over seeds; cross: a run that diverged"
