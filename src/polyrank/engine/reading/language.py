@@ -122,8 +122,6 @@ class LanguageReader(Reader):
             "model"
         ]
 
-    # --- tokens ----------------------------------------------------------------------------------
-
     def ids(self, text: str) -> list[int]:
         """Return the tokens of a text, without those that a tokenizer adds."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -142,8 +140,6 @@ class LanguageReader(Reader):
     def width(self) -> int:
         """Return how wide batches are at least."""
         return self.max_length if self.padding == "max_length" else 0
-
-    # --- scores ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def score(self, model: nn.Module, task: Task, rows: Any, size: int) -> Score:
