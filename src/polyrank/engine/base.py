@@ -44,6 +44,8 @@ class Base:
         processor: its tokenizer or image processor.
         targets: layers to adapt unless the caller says otherwise.
         threads: torch's threads, None leaves them.
+        kept: whether the run's folder gets a copy.
+        length: tokens of a row at most; None leaves it to the reader.
     """
 
     about: dict[str, Any]
@@ -53,6 +55,7 @@ class Base:
     targets: list[str] | str = "all-linear"
     threads: int | None = None
     kept: bool = True
+    length: int | None = None
 
     def targets_for(self, wanted: list[str] | str | None) -> list[str] | str:
         """Return the layers to adapt."""
@@ -64,7 +67,7 @@ class Base:
 
     def reader_for(self, model: nn.Module, stream: Stream) -> Reader:
         """Return what makes batches of the stream's rows for this model."""
-        return reader_for(stream, model, self.processor)
+        return reader_for(stream, model, self.processor, max_length=self.length)
 
     def made(self, stream: Stream, seed: int, folder: Path, watch: Watch) -> nn.Module:
         """Return the model: read from the run's folder, trained now, or the one that was given."""
@@ -109,6 +112,7 @@ def _embedded(stream: Stream) -> Base:
             processor=tokenizer,
             targets=encoders.DEFAULT_TARGETS,
             kept=False,
+            length=encoders.LENGTH,
         )
     if stream.base == "causal":
         causal, words = encoders.train_causal(stream, 0, cache_folder(), lambda e, f: None)

@@ -42,11 +42,12 @@ class Services:
     Attributes:
         pause: called where the state may be saved, or with True must be; it asks for the state only
             if it saves.
+        reader: returns a reader of a course's own, given its model.
         general: scores a model on the held-out task, or None.
     """
 
     plan: Plan
-    reader: Reader
+    reader: Callable[[nn.Module], Reader]
     watch: Watch
     pause: Callable[..., None]
     general: Callable[[nn.Module], float] | None = None
@@ -63,7 +64,7 @@ class Course:
 
     def __init__(self, services: Services, system: System, model: nn.Module) -> None:
         self.services, self.system, self.model = services, system, model
-        self.plan, self.reader = services.plan, services.reader
+        self.plan, self.reader = services.plan, services.reader(model)
         self.stream: Stream = self.plan.stream
         count = len(self.stream)
         everything = list(range(count))

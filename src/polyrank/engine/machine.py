@@ -20,6 +20,7 @@ from polyrank.engine.folders import Places
 from polyrank.engine.general import General
 from polyrank.engine.interrupt import Interrupts
 from polyrank.engine.plan import Plan, System
+from polyrank.engine.prefix import PrefixReader
 from polyrank.engine.probe import frozen_probe
 from polyrank.engine.progress import Watch
 from polyrank.engine.reading import Reader
@@ -31,6 +32,8 @@ from polyrank.layers import adapt, adapter_of, gate_statistics, has_gates
 
 # Seconds between two checkpoints inside a task, where the caller does not count updates.
 SECONDS = 30.0
+# Bytes of frozen layers' outputs that stay in memory; more lies in a file that later runs find.
+MEMORY = 2**26
 
 
 class Engine:
@@ -131,7 +134,7 @@ class Engine:
     ) -> Course:
         services = Services(
             plan=self.plan,
-            reader=copy.copy(reader),
+            reader=lambda model: self._reader(reader, model, system),
             watch=self.watch,
             pause=self._pause,
             general=general,
@@ -146,6 +149,19 @@ class Engine:
             seed=seed_of(self.seed, "adapter"),
         )
         return Course(services, system, model)
+
+    def _reader(self, reader: Reader, model: nn.Module, system: System) -> Reader:
+        """Return a reader of a course's own, which runs frozen layers once a row if it can."""
+        own = copy.copy(reader)
+        if not self.places.prefix_cache:
+            return own
+        roles = ("train", "text", "test", *(("validation",) if self.plan.validate else ()))
+        rows = [task.data[role] for task in self.stream for role in roles if role in task.data]
+        found = PrefixReader(own, model, memory=MEMORY).prefill(rows)
+        if found.reason:
+            return own
+        self.watch("prefix", {"system": system.label, **found.kept})
+        return found
 
     # --- checkpoints -----------------------------------------------------------------------------
 
@@ -198,13 +214,26 @@ class Engine:
     ) -> dict[str, Any]:
         counts = [task.size(split) for task in self.stream]
         limits = self.plan.limits()
+        classes = [len(task.classes) for task in self.stream]
+        sizes = classes if self.plan.restricts() and all(classes) else None
+
+        def figures(matrix: np.ndarray) -> dict[str, float]:
+            return metrics.summary(
+                matrix,
+                counts,
+                classes=sizes,
+                restricted=restricted,
+                missing="nan",
+                limits=limits,
+            )
+
         return {
             "restricted": restricted.tolist(),
             "unrestricted": unrestricted.tolist(),
             "counts": counts,
             "metrics": {
-                name: metrics.summary(matrix, counts, missing="nan", limits=limits)
-                for name, matrix in (("unrestricted", unrestricted), ("restricted", restricted))
+                "unrestricted": figures(unrestricted),
+                "restricted": figures(restricted),
             },
         }
 

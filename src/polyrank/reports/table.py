@@ -15,6 +15,7 @@ from polyrank.reports.words import fraction
 # Beyond this many tasks the matrices no longer fit beside each other; the averages stay.
 _WIDE = 6
 _MISSING = "-"
+NAN = float("nan")
 
 
 def terminal_table(results: Mapping[str, Any]) -> Group:
@@ -84,28 +85,26 @@ def _curves(tasks: list[str], shown: list[System]) -> Table:
 
 
 def _summary(shown: list[System]) -> Table:
+    """One line a system; a column that no system has a value for is left out."""
+    columns: dict[str, list[float]] = {
+        "average\naccuracy": [s.metric("average_accuracy") for s in shown],
+        "average\nincremental": [s.metric("average_incremental_accuracy") for s in shown],
+        "\nforgetting": [s.metric("forgetting") for s in shown],
+        "backward\ntransfer": [s.metric("backward_transfer") for s in shown],
+        "restricted\naccuracy": [s.metric("average_accuracy", "restricted") for s in shown],
+        "general\nbefore": [s.general[0] if s.general else NAN for s in shown],
+        "general\nafter": [s.general[-1] if s.general else NAN for s in shown],
+        "replayed\nper update": [s.extra_samples or NAN for s in shown],
+    }
+    used = {head: values for head, values in columns.items() if not all(map(_nan, values))}
     table = _table()
     table.add_column("\nsystem", overflow="fold")
-    heads = (
-        "average\naccuracy",
-        "average\nincremental",
-        "\nforgetting",
-        "backward\ntransfer",
-        "restricted\naccuracy",
-    )
-    for head in heads:
+    for head in used:
         table.add_column(head, justify="right")
-    for system in shown:
-        numbers = [
-            system.metric("average_accuracy"),
-            system.metric("average_incremental_accuracy"),
-            system.metric("forgetting"),
-            system.metric("backward_transfer"),
-            system.metric("average_accuracy", "restricted"),
-        ]
-        cells = [fraction(value, missing=_MISSING).replace("−", "-") for value in numbers]
-        cells[0] = f"[bold]{cells[0]}[/bold]"
-        table.add_row(Text(system.label, style=_style(system)), *cells)
+    for number, system in enumerate(shown):
+        cells = [fraction(v[number], missing=_MISSING).replace("−", "-") for v in used.values()]
+        style = _style(system)
+        table.add_row(Text(system.label, style=style), *(Text(cell) for cell in cells))
     return table
 
 

@@ -16,7 +16,10 @@ WORDS = {
     "average_accuracy": "average accuracy",
     "average_incremental_accuracy": "average incremental accuracy",
     "forgetting": "forgetting",
+    "global_forgetting": "global forgetting",
+    "local_forgetting": "local forgetting",
     "backward_transfer": "backward transfer",
+    "plasticity": "plasticity",
     "weighted_average_accuracy": "weighted average accuracy",
     "weighted_average_incremental_accuracy": "weighted average incremental accuracy",
     "intransigence": "intransigence",
@@ -39,6 +42,8 @@ class System:
     seconds: float | None
     trainable: int | None
     routing: Mapping[str, Any] | None
+    general: tuple[float, ...] = ()  # held-out task, before the first task and after each
+    extra_samples: float | None = None  # stored rows used for each update
 
     def metric(self, name: str, view: str = "unrestricted") -> float:
         """A metric's value, NaN if it was not computed."""
@@ -112,6 +117,8 @@ def _system(data: Mapping[str, Any]) -> System:
         unrestricted=unrestricted,
         restricted=np.array(data["restricted"], dtype=np.float64),
         metrics=data["metrics"],
+        general=tuple(data.get("general") or ()),
+        extra_samples=data.get("extra_samples"),
         curve=[_average(unrestricted, k) for k in range(1, len(unrestricted) + 1)],
         seconds=data["seconds"],
         trainable=data["trainable"],
