@@ -136,7 +136,7 @@ def load_base(path: str, stream: Stream) -> tuple[nn.Module, Any]:
     """
     with torch.random.fork_rng(devices=[]):
         try:
-            model = _loader(path, stream).from_pretrained(path)
+            model = _loader(path, stream).from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             where = (
                 "a folder"
@@ -159,7 +159,8 @@ def _loader(path: str, stream: Stream) -> Any:
         return AutoModelForSequenceClassification
     if kind == "image-text":
         return AutoModel
-    two = getattr(AutoConfig.from_pretrained(path), "is_encoder_decoder", False)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    two = getattr(config, "is_encoder_decoder", False)
     return AutoModelForSeq2SeqLM if two else AutoModelForCausalLM
 
 

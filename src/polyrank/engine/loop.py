@@ -18,6 +18,7 @@ from polyrank.engine import base as bases
 from polyrank.engine.folders import Places, place_of
 from polyrank.engine.interrupt import Interrupts
 from polyrank.engine.machine import Engine
+from polyrank.engine.objective import Objective
 from polyrank.engine.plan import Plan
 from polyrank.engine.progress import Bar
 from polyrank.engine.result import Result
@@ -132,6 +133,9 @@ def _untouched(model: nn.Module | None) -> Iterator[None]:
 def _try(made: bases.Base, plan: Plan) -> None:
     """Adapt a copy of the model, so that targets that fit nothing are refused before a folder."""
     stand_in = copy.deepcopy(made.stand_in())
+    reader = made.reader_for(stand_in, plan.stream)
+    if problems := Objective(reader, plan.method, plan.strategies).problems():
+        raise ConfigError(problems)
     try:
         adapt(stand_in, plan.method, made.targets_for(plan.target_modules), head=made.head)
     except ValueError as error:

@@ -56,6 +56,24 @@ class Objective:
             need for loss in self.losses for need in loss.needs if not need.startswith(TEACHER)
         ) & {"logits", "hidden", "embedding"} | {"logits"}
 
+    def problems(self) -> list[str]:
+        """Return what the losses ask for and this reader's model does not leave."""
+        found = []
+        for loss in self.losses:
+            wanted = {need.removeprefix(TEACHER) for need in loss.needs} - {"stored"}
+            if lacking := sorted(wanted - self.reader.offers):
+                found.append(
+                    f"loss {name_of(loss)!r}: needs {', '.join(lacking)}, which models for "
+                    f"{', '.join(sorted(self.reader.kinds))} do not give; leave the strategy out"
+                )
+        stores = self.replay is not None and "logits" in self.replay.stores
+        if stores and not self.reader.growing:
+            found.append(
+                "replay: stores logits, of which a text has one row a token; use replay, which "
+                "stores samples alone"
+            )
+        return found
+
     def bind(self, adapter: Any, workshop: Any) -> None:
         """Let losses meet the adapter and the engine."""
         for loss in self.losses:
@@ -63,7 +81,8 @@ class Objective:
 
     def counts(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, int]:
         """Return n_l by loss over the micro-batches of an update and all processes."""
-        totals = [sum(_count(loss, batch) for batch in batches) for loss in self.losses]
+        mask = self.reader.mask
+        totals = [sum(_count(loss, b, mask(b)) for b in batches) for loss in self.losses]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             summed = torch.tensor(totals, dtype=torch.float64)
             dist.all_reduce(summed)
@@ -151,13 +170,12 @@ def _rows(loss: Loss, batch: Mapping[str, Tensor]) -> Tensor | None:
     return (batch["role"] == ROLES[loss.role]).nonzero().flatten()
 
 
-def _count(loss: Loss, batch: Mapping[str, Tensor]) -> int:
+def _count(loss: Loss, batch: Mapping[str, Tensor], mask: Tensor | None) -> int:
     index = _rows(loss, batch)
     labels = batch["labels"] if index is None else batch["labels"][index]
     if loss.per == "sample" or not len(labels):
         return len(labels)
-    if loss.per == "token" and "attention_mask" in batch:
-        mask = batch["attention_mask"]
+    if loss.per == "token" and mask is not None:
         return int((mask if index is None else mask[index]).sum())
     # The first label of a causal model predicts nothing.
     return int((labels[:, 1:] != -100).sum()) if labels.dim() == 2 else len(labels)

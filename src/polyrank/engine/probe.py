@@ -13,6 +13,7 @@ from torch import nn
 
 from polyrank.engine.data import batches, train_rows
 from polyrank.engine.reading import Reader
+from polyrank.errors import ConfigError
 from polyrank.layers import HeadHost
 from polyrank.streams import Stream
 
@@ -45,6 +46,11 @@ def features(
             labels.append(batch["labels"].numpy())
     finally:
         handle.remove()
+    if seen[0].ndim != 2:
+        raise ConfigError(
+            f"probe: the classifier of {type(model).__name__} reads every token, expected one "
+            "vector a row; leave the probe out of references"
+        )
     return np.concatenate(seen), np.concatenate(labels)
 
 
