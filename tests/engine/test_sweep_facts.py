@@ -93,7 +93,7 @@ def test_order_and_base_tell_what_methods_share(tmp_path):
     assert shared("rate", train={"lr": 5e-2, "epochs": 2}, method=other) == first
     assert shared("epochs", train={"lr": 1e-3, "epochs": 3})[0] != first[0]
     assert shared("seed", seed=1)[0] != first[0]
-    assert shared("data", stream={**ASKED["stream"], "hash": "abd"})[0] != first[0]
+    assert shared("data", stream={**ASKED["stream"], "hash": "xyz"})[0] != first[0]
     assert shared("base", model={**ASKED["model"], "fingerprint": "g"})[1] != first[1]
     assert shared("moved", model={**ASKED["model"], "source": "there"}) == first
 

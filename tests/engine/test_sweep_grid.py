@@ -55,3 +55,11 @@ def test_more_points_continue_the_same_grid():
     grid = between(2e-4, 2e-3)
     assert list(grid.indices(1, 2)) == list(range(-1, 7))
     assert_close(grid.rate(-1) * 10 ** (1 / 4), grid.rate(0))
+
+
+@pytest.mark.parametrize("per_decade", [2, 3, 4, 7])
+def test_a_point_of_the_grid_as_both_ends_is_that_point(per_decade):
+    grid = between(2e-4, 2e-4, per_decade)
+    for index in range(-30, 31):
+        rate = grid.rate(index)
+        assert list(between(rate, rate, per_decade).indices()) == [index]
