@@ -15,16 +15,12 @@ if TYPE_CHECKING:
 
 def catalogue() -> Table:
     """Return all streams with what they are."""
-    from polyrank.streams import file, names, ready
+    from polyrank.streams import file, names
+    from polyrank.streams.registry import BUILT_IN
 
     table = _table("name", "scenario", "kind", "what it is")
-    shipped = ready.ready()
     for name in names():
-        if name not in shipped:
-            about = "handwritten digits, installed with scikit-learn; no network"
-            table.add_row(name, "class-incremental", "image-classification", about)
-            continue
-        spec = file.Definition.open(name).spec
+        spec = BUILT_IN[name] if name in BUILT_IN else file.Definition.open(name).spec
         table.add_row(name, spec.scenario, spec.kind, spec.about)
     return table
 

@@ -6,6 +6,8 @@ from polyrank.streams.digits import digits, digits_base
 from polyrank.streams.registry import names, stream
 from polyrank.streams.scenarios import SCENARIOS, Scenario, Visible
 from polyrank.streams.split import class_order, share_out
+from polyrank.streams.stdlib import stdlib
+from polyrank.streams.stdlib_lm import stdlib_lm
 
 __all__ = [
     "SCENARIOS",
@@ -21,5 +23,7 @@ __all__ = [
     "digits_base",
     "names",
     "share_out",
+    "stdlib",
+    "stdlib_lm",
     "stream",
 ]

@@ -83,6 +83,10 @@ class Stream:
         visible: What a method may depend on; the scenario's choice if left out.
         passes: How often a training row may be read; the scenario's choice if left out.
         pretraining: Data for a base model that is made on the spot, no part of the stream.
+        general: Held-out rows that no task trains on, to see what a base model keeps of its
+            general ability; may be `pretraining`.
+        base: The small base model that the stream is meant for: "vit", "minilm", "causal", or ""
+            if it names none.
         options: How the stream was made, for the record.
 
     Raises:
@@ -96,6 +100,8 @@ class Stream:
     visible: Visible = None  # type: ignore[assignment]  # filled in from the scenario
     passes: int | None = None
     pretraining: Task | None = None
+    general: Task | None = None
+    base: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -157,10 +163,16 @@ class Stream:
 
     @cached_property
     def hash(self) -> str:
-        """Checksum of scenario, tasks and every row; equal streams have equal hashes."""
+        """Checksum of scenario, tasks and every row; equal streams have equal hashes.
+
+        The base model is no part of it.
+        """
         parts = [_identity(task) for task in self.tasks]
         base = None if self.pretraining is None else _identity(self.pretraining)
         whole = [self.scenario, dataclasses.asdict(self.visible), self.passes, parts, base]
+        general = None if self.general is None else _identity(self.general)
+        if general not in (None, base):
+            whole.append(general)
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
@@ -173,6 +185,8 @@ class Stream:
             "options": dict(self.options),
             "visible": dataclasses.asdict(self.visible),
             "passes": self.passes,
+            "base": self.base,
+            "general": None if self.general is None else self.general.describe(),
             "tasks": [task.describe() for task in self.tasks],
         }
 

@@ -14,6 +14,8 @@ from polyrank.streams.scenarios import HELD_OUT_ROLES, SCENARIOS, TRAINING_ROLES
 if TYPE_CHECKING:
     from polyrank.streams.base import Stream, Task
 
+# Small base models that a stream may be meant for.
+BASES = ("", "vit", "minilm", "causal")
 _ROLES = (*TRAINING_ROLES, *HELD_OUT_ROLES)
 # Roles whose rows may show classes of earlier tasks.
 _EARLIER = frozenset({"retain", "old", "test", "validation"})
@@ -35,9 +37,14 @@ def stream_problems(stream: Stream) -> list[str]:
         seen |= new
     found += _names(tasks, relation)
     found += _relation(tasks, relation, stream.scenario)
-    if stream.pretraining is not None:
-        base = stream.pretraining
-        found += [f"pretraining {base.name!r}: {fault}" for fault in _task(base, "base", set())]
+    for what, beside in (("pretraining", stream.pretraining), ("general", stream.general)):
+        if beside is not None:
+            faults = _task(beside, "base", set())
+            found += [f"{what} {beside.name!r}: {fault}" for fault in faults]
+    if stream.base not in BASES:
+        hint = nearest(str(stream.base), BASES) or " leave it out"
+        words = ", ".join(filter(None, BASES))
+        found.append(f"base: got {stream.base!r}, expected one of {words};{hint}")
     return found
 
 

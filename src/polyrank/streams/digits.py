@@ -89,6 +89,8 @@ def digits(
         tasks=tuple(made),
         seed=seed,
         pretraining=base,
+        general=base,
+        base="vit",
         options=options if domains is None else {**options, "domains": domains},
     )
 

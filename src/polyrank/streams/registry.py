@@ -2,24 +2,59 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from polyrank.errors import StreamError, nearest
 from polyrank.streams.base import Stream
 from polyrank.streams.digits import digits
 from polyrank.streams.ready import ready
+from polyrank.streams.stdlib import stdlib
+from polyrank.streams.stdlib_lm import stdlib_lm
 
-_STREAMS: dict[str, Callable[..., Stream]] = {"digits": digits}
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltIn:
+    """A stream whose data come with polyrank or what it needs: how to make it, and what it is."""
+
+    make: Callable[..., Stream]
+    scenario: str
+    kind: str
+    about: str
+
+
+BUILT_IN: Mapping[str, BuiltIn] = MappingProxyType(
+    {
+        "digits": BuiltIn(
+            make=digits,
+            scenario="class-incremental",
+            kind="image-classification",
+            about="handwritten digits, installed with scikit-learn; no network",
+        ),
+        "stdlib": BuiltIn(
+            make=stdlib,
+            scenario="class-incremental",
+            kind="sequence-classification",
+            about="functions of Python's own library, by package; no network",
+        ),
+        "stdlib-lm": BuiltIn(
+            make=stdlib_lm,
+            scenario="text",
+            kind="language-modelling",
+            about="source code of Python's own library, by kind; no network",
+        ),
+    }
+)
 _FILES = (".yaml", ".yml", ".json", ".jsonl", ".csv", ".parquet", ".txt")
 _OPTIONS = ("seed", "order", "root")
 
 
 def names() -> list[str]:
     """The streams that `stream` knows by name: built-in ones first, then ready definitions."""
-    return [*sorted(_STREAMS), *sorted(ready())]
+    return [*sorted(BUILT_IN), *sorted(ready())]
 
 
 def stream(source: str | os.PathLike[str] | Stream, /, **options: Any) -> Stream:
@@ -48,8 +83,8 @@ def stream(source: str | os.PathLike[str] | Stream, /, **options: Any) -> Stream
             "build one with polyrank.streams.Stream"
         )
     word = os.fspath(source)
-    if word in _STREAMS:
-        make = _STREAMS[word]
+    if word in BUILT_IN:
+        make = BUILT_IN[word].make
         _check(word, options, inspect.signature(make).parameters)
         return make(**options)
     if word in ready() or isinstance(source, os.PathLike) or _is_path(word):
