@@ -14,6 +14,7 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HOME=_CACHE.name,
+    POLYRANK_CACHE=os.path.join(_CACHE.name, "polyrank"),
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
     MPLBACKEND="Agg",
