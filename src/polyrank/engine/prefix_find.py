@@ -1,0 +1,254 @@
+"""The frozen prefix of an adapted model: where it ends, and what says that it cannot be kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from polyrank.layers import AdaptedLinear, BlockHost, HeadHost
+from polyrank.layers.placement import blocks_of
+
+# What labels are called and where a model was read does not change what its blocks do.
+_ASIDE = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "transformers_version",
+}
+# Hooks of transformers that only look, and that it never takes off again.
+_HARMLESS = "transformers.utils.output_capturing"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Values of each tensor that are compared before every forward.
+_SAMPLE = 32
+
+
+class Mark(NamedTuple):
+    """What tells whether a prefix is still the same; it keeps its tensors, so that ids stay."""
+
+    modules: list[nn.Module]
+    numbers: list[tuple[int, int, int, bool]]
+    held: list[Tensor]
+    samples: list[Tensor]
+
+    def same(self, before: Mark) -> bool:
+        """Compare modules, then version counters, then some values."""
+        alike = self.modules == before.modules and self.numbers == before.numbers
+        return alike and same_bits(self.samples, before.samples)
+
+
+class Prefix:
+    """The blocks below the first one that is adapted or trained, and all that runs before them.
+
+    Modules are looked up by path each time, so that one that was exchanged is seen.
+
+    Attributes:
+        model: the model, unwrapped.
+        path: of its list of transformer blocks.
+        first: number of the first block that is adapted or trained, >= 1.
+        reason: why its outputs cannot be kept; empty if they can.
+    """
+
+    def __init__(self, model: nn.Module, path: str, first: int) -> None:
+        self.model, self.path, self.first = model, path, first
+        # Paths of modules that run before the first adapted block though they are defined after it.
+        self.others: list[str] = []
+        self.reason = self.problem()
+
+    def chain(self) -> list[nn.Module]:
+        """Return what holds the blocks, each module holding the next, their list last."""
+        return _chain(self.model, self.path)
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the frozen blocks, in order."""
+        return list(cast("nn.ModuleList", self.chain()[-1]))[: self.first]
+
+    def above(self) -> nn.Module:
+        """Return the block that they feed."""
+        return cast("nn.ModuleList", self.chain()[-1])[self.first]
+
+    def modules(self) -> list[nn.Module]:
+        """Return every module of the prefix."""
+        others = [self.model.get_submodule(path) for path in self.others]
+        roots = [*_before(self.chain()), *self.blocks(), *others]
+        return [module for root in roots for module in root.modules()]
+
+    def tensors(self) -> list[Tensor]:
+        """Return every parameter and buffer that the prefix may read."""
+        held = [*self.chain()[:-1], *self.modules()]
+        places = [place for m in held for place in (m._parameters, m._buffers)]
+        return [t for place in places for t in place.values() if t is not None]
+
+    def extend(self, called: Iterable[nn.Module]) -> None:
+        """Add modules that ran before the first adapted block though they are defined after it.
+
+        Sets `reason` if one of them is adapted or trains.
+        """
+        known = {*self.modules(), *self.chain()}
+        paths = {module: path for path, module in self.model.named_modules()}
+        for module in called:
+            if module not in known:
+                known.update(module.modules())
+                self.others.append(paths[module])
+                if _touched([module]):
+                    who = f"{type(module).__name__} at {paths[module]}"
+                    self.reason = f"{who} runs before the first adapted block and is not frozen"
+        self.reason = self.reason or self.problem()
+
+    def problem(self) -> str:
+        """Say why the outputs would not be those of every later forward, if so."""
+        for module in (*self.chain(), *self.modules()):
+            who = type(module).__name__
+            for name, value in vars(module).items():
+                if isinstance(value, float) and "drop" in name and value > 0:
+                    return f"{who}.{name} is {value}, and draws anew in every training forward"
+            if isinstance(module, _DropoutNd) and module.p > 0:
+                return f"{who} drops {module.p} of its inputs, drawn anew in training"
+            if isinstance(module, _BatchNorm):
+                return f"{who} mixes the rows of a batch in training"
+            if module._compiled_call_impl is not None:
+                return f"{who} is compiled"
+        if self.busy():
+            return "a module has a hook or a forward of its own"
+        for tensor in self.tensors():
+            if type(tensor.data) is not Tensor or tensor.is_meta:
+                return f"a weight is a {type(tensor.data).__name__} without plain values"
+        return ""
+
+    def busy(self) -> bool:
+        """Say whether something listens inside of the prefix, so that it must run."""
+        return any("forward" in vars(module) or _hooked(module) for module in self.modules())
+
+    def mark(self) -> Mark:
+        """Return what changes with the prefix.
+
+        Version counters miss what is written through `.data` or by a fused optimiser, and samples
+        miss single values; what trains or loads weights changes one of them.
+        """
+        held = self.tensors()
+        numbers = [
+            (id(t), t.data_ptr(), 0 if t.is_inference() else t._version, t.requires_grad)
+            for t in held
+        ]
+        kinds: dict[Any, list[Tensor]] = {}
+        for tensor in held:
+            flat = tensor.detach().reshape(-1)
+            part = flat[:: max(1, len(flat) // _SAMPLE)]
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(part)
+        samples = [torch.cat(parts) for parts in kinds.values()]
+        return Mark([*self.chain(), self.above(), *self.modules()], numbers, held, samples)
+
+    def content(self) -> dict[str, Any]:
+        """Return what decides the outputs beside the inputs, as plain values."""
+        digest = hashlib.blake2b(digest_size=32)
+        for tensor in self.tensors():
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(as_bytes(tensor.detach().cpu()).numpy().data)
+        return {
+            "tensors": digest.hexdigest(),
+            "modules": [f"{type(m).__module__}.{type(m).__qualname__}" for m in self.modules()],
+            "first": self.first,
+            "config": self._config(),
+        }
+
+    def _config(self) -> dict[str, str]:
+        for module in reversed(self.chain()):
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "to_dict"):
+                found = {k: v for k, v in config.to_dict().items() if k not in _ASIDE}
+                found["attention"] = getattr(config, "_attn_implementation", None)
+                return {key: repr(found[key]) for key in sorted(found)}
+        return {}
+
+
+def prefix_of(model: nn.Module) -> Prefix | None:
+    """Return the frozen prefix of a model, or None if there is none.
+
+    There is one if the model has a single stack of transformer blocks, of which the first ones, and
+    all that stands before them, hold no adapter and nothing that trains. If no block is adapted,
+    the last one counts as if it were. Whether the outputs can be kept is said by its `reason`.
+    """
+    inner = unwrapped(model)
+    stacks = {path.rpartition(".")[0] for path, _, _ in blocks_of(inner)}
+    if len(stacks) != 1:
+        return None
+    path = stacks.pop()
+    chain = _chain(inner, path)
+    stack = cast("nn.ModuleList", chain[-1])
+    first = next((i for i, block in enumerate(stack) if _touched([block])), len(stack) - 1)
+    # A parameter beside the modules, such as a class token, is read before the blocks.
+    loose = [p for module in chain for p in module._parameters.values() if p is not None]
+    if first < 1 or _touched(_before(chain)) or any(p.requires_grad for p in loose):
+        return None
+    return Prefix(inner, path, first)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside of what distributes it over processes."""
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return a tensor's values as flat uint8; a copy only if it is not contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Compare tensors bit by bit, also inside of tuples, lists and dicts; the rest by value.
+
+    Objects made anew in every forward, such as a cache of keys, are only known by their type.
+    """
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+            return False
+        return a is b or torch.equal(as_bytes(a.detach()), as_bytes(b.detach()))
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
+    return not isinstance(a, (bool, int, float, str)) or a == b
+
+
+def _chain(model: nn.Module, path: str) -> list[nn.Module]:
+    parts = path.split(".")
+    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+
+
+def _before(chained: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the modules that are defined before the last of a chain, each holding the next."""
+    for outer, inner in pairwise(chained):
+        for child in outer.children():
+            if child is inner:
+                break
+            yield child
+
+
+def _touched(roots: Iterable[nn.Module]) -> bool:
+    """Say whether something inside is adapted, or trains."""
+    return any(
+        isinstance(module, (AdaptedLinear, BlockHost, HeadHost))
+        or any(p is not None and p.requires_grad for p in module._parameters.values())
+        for root in roots
+        for module in root.modules()
+    )
+
+
+def _hooked(module: nn.Module) -> bool:
+    for name in _HOOKS:
+        hooks = getattr(module, name)
+        if hooks and any(getattr(h, "__module__", "") != _HARMLESS for h in hooks.values()):
+            return True
+    return False
