@@ -9,9 +9,10 @@ Maths: ½ λ Σ_k Σ_j F_k,j (θ_j − θ*_k,j)², with gradient λ Σ_k F_k (θ
 Source: arXiv:1612.00796, eq. 3; online arXiv:1805.06370; see also 2203.17269.
 Differs from the released code: ½ as in the first paper, so λ = 2 with F = 1 equals `l2` with 1;
     F is taken of single samples in evaluation mode after the task, never of the penalty itself;
-    gamma = 1 with "online" gives 2203.17269's. With argmax labels a sure model has F near 0.
-Limits: nothing is held in the first task, nor classes that come later. Cost: one backward a sample
-    after each task; in "weights" two dense copies of the adapted weights, and a dense update.
+    gamma = 1 with "online" gives 2203.17269's. F_k is brought to mean 1 unless `normalised` is
+    false: that of a sure model is near 0, and λ = 10⁷ would be needed where 0.1 is now.
+Limits: nothing is held in the first task, nor classes that come later. Cost: one backward a batch
+    after each task, or a sample if ranks are gated; in "weights" two dense copies of W as well.
 Status: estimators and penalty tested; published figures not verified.
 """
 
@@ -38,11 +39,7 @@ class Importance(Penalty):
         self.weight, self.space, self.head = weight, space, head
 
     def bind(self, adapter: Adapter, workshop: Workshop | None) -> None:
-        """Read the memory; it is empty in a first task.
-
-        Raises:
-            ConfigError: without an engine, or if tensors are no longer those of the memory.
-        """
+        """Read the memory, empty in a first task; without an engine there is none."""
         if workshop is None:
             raise ConfigError("ewc: F is estimated between tasks; train through polyrank.run")
         memory = Quadratic(workshop.memory("ewc"))
@@ -66,15 +63,17 @@ class EWC(Later):
         gamma: decay of the running F, in [0, 1]; read by "online".
         estimator: "true", "predicted", "empirical" or "batch".
         rows: rows that F is estimated from, drawn by key; 0 for all.
+        normalised: whether every F_k is brought to mean 1; false is the formula as written.
         space: "factors" (A, B, the core), or "weights", their dense update.
         include_head: whether rows of the head are held too, those of classes known then.
     """
 
-    weight: float = 100.0
+    weight: float = 0.1
     form: str = "separate"
     gamma: float = 0.9
     estimator: str = "true"
     rows: int = 0
+    normalised: bool = True
     space: str = "factors"
     include_head: bool = False
 
@@ -100,7 +99,8 @@ class EWC(Later):
     def boundary(self) -> Boundary:
         """Estimate F after each task."""
         step = FisherStep(self.estimator, self.rows, self.space, self.include_head)
-        return Estimate(step, "ewc", self.gamma if self.form == "online" else None)
+        decay = self.gamma if self.form == "online" else None
+        return Estimate(step, "ewc", decay, normalised=self.normalised)
 
     def unfit(self, method: Method, others: Sequence[Strategy]) -> Iterator[str]:
         """Refuse what has no dense update if one is needed, and training on all tasks at once."""

@@ -13,6 +13,7 @@ from polyrank.parts import (
     losses,
     memory,
     mixtures,
+    per_sample,
     routers,
     rules,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "losses",
     "memory",
     "mixtures",
+    "per_sample",
     "routers",
     "rules",
 ]

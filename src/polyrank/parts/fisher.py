@@ -1,6 +1,6 @@
 """The diagonal Fisher information of an adapter on a task: how much the answers mind each weight.
 
-F_j = (1/n) Σ_i (∂ log p(y_i | x_i) / ∂θ_j)², one backward a sample; the square of a batch's mean
+F_j = (1/n) Σ_i (∂ log p(y_i | x_i) / ∂θ_j)² over single samples; the square of a batch's mean
 gradient is something else, and has a name of its own.
 """
 
@@ -12,13 +12,15 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyrank.errors import ConfigError, RunError
 from polyrank.frame import Adapter, Job, Workshop
 from polyrank.layers import View
+from polyrank.layers.views import wide
 from polyrank.parts.boundaries import Aside
 from polyrank.parts.consolidate import Quadratic, effective_weight, held_parameters
+from polyrank.parts.per_sample import squared_sums
 
 ESTIMATORS = ("true", "predicted", "empirical", "batch")
 
@@ -85,21 +87,29 @@ class FisherStep:
 
     def _squares(self, workshop: Workshop, batch: dict[str, Any], cursor: int) -> dict[str, Tensor]:
         """Return sums of squared gradients of one batch, by name."""
-        whole = self.estimator == "batch"
-        size = len(batch["labels"])
-        labels = self._labels(workshop, batch, cursor)
+        rows = {**batch, "labels": self._labels(workshop, batch, cursor)}
         with measured(workshop.adapter, self.space, self.head) as places:
             params = [param for param, _ in places.values()]
-            sums = [torch.zeros(p.shape, dtype=_sum_dtype(p), device=p.device) for p in params]
-            for first in range(0, size, size if whole else 1):
-                part = slice(first, size if whole else first + 1)
-                rows = {**{k: v[part] for k, v in batch.items()}, "labels": labels[part]}
-                grads = [
-                    g.to(s.dtype) for g, s in zip(workshop.grads(rows, params), sums, strict=True)
-                ]
-                torch._foreach_addcmul_(sums, grads, grads, value=float(size if whole else 1))
+            sums = self._sums(workshop, rows, params)
             found = zip(places.items(), sums, strict=True)
             return {name: total.T if flipped else total for (name, (_, flipped)), total in found}
+
+    def _sums(
+        self, workshop: Workshop, rows: dict[str, Any], params: list[nn.Parameter]
+    ) -> list[Tensor]:
+        size, whole = len(rows["labels"]), self.estimator == "batch"
+        if not whole and size > 1 and rows["labels"].dim() == 1:
+            adapter = workshop.adapter
+            sums = squared_sums(adapter, params, size, lambda: workshop.grads(rows, params))
+            if sums is not None:
+                return sums
+        sums = [torch.zeros_like(p, dtype=wide(p).dtype) for p in params]
+        for first in range(0, size, size if whole else 1):
+            part = slice(first, size if whole else first + 1)
+            grads = workshop.grads({k: v[part] for k, v in rows.items()}, params)
+            grads = [wide(grad) for grad in grads]
+            torch._foreach_addcmul_(sums, grads, grads, value=float(size if whole else 1))
+        return sums
 
     def _labels(self, workshop: Workshop, batch: dict[str, Any], cursor: int) -> Tensor:
         labels = cast("Tensor", batch["labels"])
@@ -120,10 +130,6 @@ class FisherStep:
             for p, number in zip(logits.softmax(-1), numbers, strict=True)
         ]
         return torch.cat(drawn).to(labels)
-
-
-def _sum_dtype(param: Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 @contextmanager
@@ -164,10 +170,13 @@ class Estimate(Aside):
         step: the estimator.
         name: the strategy, as which it remembers.
         decay: γ of the running sum, or None to keep every task's term.
+        normalised: whether a task's F is brought to mean 1 over all that is held.
     """
 
-    def __init__(self, step: FisherStep, name: str, decay: float | None) -> None:
-        self.step, self.name, self.decay = step, name, decay
+    def __init__(
+        self, step: FisherStep, name: str, decay: float | None, *, normalised: bool
+    ) -> None:
+        self.step, self.name, self.decay, self.normalised = step, name, decay, normalised
 
     def next(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> Job | None:
         """Return the estimation until it is done."""
@@ -179,5 +188,9 @@ class Estimate(Aside):
         count = state["cursor"] if step.estimator == "batch" else state["rows"]
         with torch.no_grad():
             now = places_of(workshop.adapter, step.space, step.head)
-            for name, squares in state.pop("squares").items():
-                memory.add(name, squares.to(now[name].device) / count, now[name], self.decay)
+            squares = state.pop("squares")
+            if self.normalised:
+                total = sum(float(square.double().sum()) for square in squares.values())
+                count = total / sum(square.numel() for square in squares.values()) or count
+            for name, square in squares.items():
+                memory.add(name, square.to(now[name].device) / count, now[name], self.decay)
