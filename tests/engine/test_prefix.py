@@ -3,16 +3,13 @@
 `cached(...)` is the reader with a cache, `plain` the same one without.
 """
 
-import copy
-import logging
-
 import pytest
 import torch
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     CLIPConfig,
-    CLIPModel,
     CLIPVisionConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -25,12 +22,9 @@ from transformers.models.clip import CLIPForImageClassification
 
 import polyrank as pr
 from polyrank.engine.prefix import PrefixReader
-from polyrank.engine.prefix_find import prefix_of
 from polyrank.engine.reading import Reader
-from polyrank.errors import ConfigError
 from polyrank.frame import keyed
 from polyrank.layers import grow_head, view
-from polyrank.streams import OnePass, Task
 
 LOGITS = frozenset({"logits"})
 TOKENS, ROWS = 16, 24
@@ -69,12 +63,49 @@ def clip():
     return CLIPForImageClassification(config)
 
 
+class Layer(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.fc1, self.fc2 = kind, nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, hidden, start=None):
+        out = hidden + self.fc2(self.fc1(hidden).relu())
+        out = out + start if self.kind == "skip" else out
+        out = out + out.mean(0) if self.kind == "mixed" else out
+        return {"tuple": (out, None), "extra": (out, out)}.get(self.kind, out)
+
+
+class Custom(nn.Module):
+    """Four blocks in a list; "kind" says what is odd about them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.layers = nn.ModuleList([Layer(kind) for _ in range(4)])
+        # Defined after the blocks, and run before them.
+        self.embed = nn.Embedding(32, 8)
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, input_ids, attention_mask=None):
+        start = hidden = self.embed(input_ids)
+        for layer in self.layers:
+            out = layer(hidden=hidden, **({"start": start} if self.kind == "skip" else {}))
+            hidden = out[0] if isinstance(out, tuple) else out
+        return type("Found", (), {"logits": self.classifier(hidden.mean(1))})
+
+
 # By family: how it is built, what its last two blocks' layers are called, its classifier.
 FAMILIES = {
     "bert": (bert, r".*layer\.[23]\..*(query|value|dense)", "classifier"),
     "vit": (vit, r".*layers\.[23]\..*(q_proj|v_proj|fc1|fc2)", "classifier"),
     "llama": (llama, r".*layers\.[23]\..*(q_proj|v_proj|up_proj)", "score"),
     "gpt2": (gpt2, r".*h\.[23]\..*(c_attn|c_fc)", "score"),
+    "plain": (lambda: Custom("plain"), r".*layers\.[23]\.fc1", "classifier"),
+    "tuple": (lambda: Custom("tuple"), r".*layers\.[23]\.fc1", "classifier"),
+    "extra": (lambda: Custom("extra"), r".*layers\.[23]\.fc1", "classifier"),
+    "mixed": (lambda: Custom("mixed"), r".*layers\.[23]\.fc1", "classifier"),
+    "skip": (lambda: Custom("skip"), r".*layers\.[23]\.fc1", "classifier"),
     "clip": (clip, r".*layers\.[23]\..*(q_proj|v_proj|fc1)", "classifier"),
 }
 
@@ -117,8 +148,6 @@ def adapted(family="bert", targets=None, method=None, **options):
     make, last, head = FAMILIES[family]
     torch.manual_seed(3)
     model = make(**options)
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = 0
     model = pr.adapt(model, method or pr.method("lora", r=4), targets or last, head=head, seed=1)
     grow_head(model, ["a", "b", "c"], seed=1)
     rng = keyed("prefix", "B")
@@ -172,17 +201,22 @@ def count(monkeypatch):
     return counting
 
 
-# --- exact -----------------------------------------------------------------------------------------
+# --- exact ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"extra", "mixed", "skip"}))
 def test_logits_and_gradients_have_the_bits_of_a_run_without(family):
     model, rows = adapted(family), rows_of(family)
     reader, plain = cached(model, rows), RowReader()
     assert reader.reason == ""
     assert reader.kept["rows"] == ROWS
     assert reader._cache.held.prefix.first == 2
-    for order in ([3, 1, 2, 0, 9, 8, 7, 20], [5, 4, 23, 22, 0, 1, 3, 11], range(5), range(9, 4, -1)):
+    for order in (
+        [3, 1, 2, 0, 9, 8, 7, 20],
+        [5, 4, 23, 22, 0, 1, 3, 11],
+        range(5),
+        range(9, 4, -1),
+    ):
         batch = batch_of(rows, order)
         same(gradients(reader, model, batch), gradients(plain, model, batch))
     # The first forward with 8 rows and the first with 5 run in full and are compared.
@@ -314,3 +348,21 @@ def test_checkpointed_blocks_give_the_same_gradients(tools, reentrant):
     for _ in range(2):
         same(gradients(reader, model, batch), gradients(plain, model, batch))
     assert reader.hits == (0 if reentrant else 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [("extra", "more than states"), ("skip", "reads more"), ("mixed", "rows beside it")],
+)
+def test_what_is_more_than_a_row_s_states_is_refused(kind, word):
+    model, rows = adapted(kind), texts()
+    reader = cached(model, rows)
+    assert word in reader.reason
+    batch = batch_of(rows, range(8))
+    same(gradients(reader, model, batch), gradients(RowReader(), model, batch))
+
+
+def test_what_trains_before_the_blocks_is_seen_wherever_it_is_defined():
+    model = adapted("plain")
+    model.get_base_model().embed.weight.requires_grad_(True)
+    assert "embed runs before" in cached(model, texts()).reason

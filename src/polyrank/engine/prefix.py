@@ -17,12 +17,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polyrank.engine.prefix_find import Mark, Prefix, prefix_of, same_bits, unwrapped
+from polyrank.engine.prefix_find import Mark, Prefix, digest_of, prefix_of, same_bits, unwrapped
 from polyrank.engine.prefix_serve import Forward, Relay, Seen, watched
 from polyrank.engine.prefix_store import (
     DTYPES,
@@ -54,13 +54,27 @@ class _Unfit(Exception):
     """Says why nothing can be kept."""
 
 
-class _Held(NamedTuple):
-    """What is kept, and what it belongs to."""
+@dataclass
+class _Held:
+    """What is kept, and what it belongs to; `digests` are those of the prefix's tensors."""
 
     prefix: Prefix
     mark: Mark
+    digests: list[str]
     relay: Relay
     states: States
+
+    def fresh(self) -> bool:
+        """Say whether modules and tensors are what they were; equal values may be written again."""
+        now = self.prefix.mark()
+        if now.same(self.mark):
+            return True
+        # A model wrapped for several processes has its tensors written, some in each forward.
+        written = now.written(self.mark)
+        if not written or any(digest_of(now.held[i]) != self.digests[i] for i in written):
+            return False
+        self.mark = now
+        return True
 
 
 @dataclass
@@ -209,20 +223,23 @@ class PrefixReader(Reader):
         shape = Shape(len(digests), tuple(found.shape[1:]), found.dtype)
         if shape.bytes > cache.limit:
             raise _Unfit(f"{shape.bytes} bytes are needed, and the limit is {cache.limit}")
-        relay, mark = self._relay(prefix, batch, seen, tails), prefix.mark()
+        relay = self._relay(prefix, batch, seen, tails)
         # Rows at the end of an uneven batch would have other bits than in the middle of it.
         even = next((n for n in range(size, size + VECTOR) if relay.even(n)), None)
         if even is None:
             raise _Unfit(f"no batch of about {size} rows is shared out evenly over the threads")
+        self._check_alone(prefix, rows, even)
 
         def parts() -> Iterator[Tensor]:
             return self._parts(prefix, rows, even)
 
+        mark, content = prefix.mark(), prefix.content()
         if shape.bytes <= cache.memory:
-            return _Held(prefix, mark, relay, in_memory(digests, shape, parts()))
-        key = {**prefix.content(), **_circumstances(found.device), "size": even}
-        states = on_disk(digests, shape, parts, key, cache.folder, cache.limit)
-        return _Held(prefix, mark, relay, states)
+            states = in_memory(digests, shape, parts())
+        else:
+            key = {**content, **_circumstances(found.device), "size": even}
+            states = on_disk(digests, shape, parts, key, cache.folder, cache.limit)
+        return _Held(prefix, mark, content["tensors"], relay, states)
 
     def _rows(self, datasets: Sequence[Dataset], size: int) -> dict[bytes, Any]:
         """Return one row of each content by its digest, as (dataset, number)."""
@@ -271,15 +288,28 @@ class PrefixReader(Reader):
             raise _Unfit("what follows the prefix reads more of it than its states")
         return relay
 
+    def _check_alone(self, prefix: Prefix, rows: Mapping[bytes, Any], size: int) -> None:
+        """Refuse a prefix whose states of a row depend on the rows beside it."""
+        one = [i % len(rows) for i in range(size)]
+        # Half of the rows are others, and the order is another.
+        two = [(size // 2 + i) % len(rows) for i in reversed(range(size))]
+        both = [(one.index(number), place) for place, number in enumerate(two) if number in one]
+        here, there = map(list, zip(*both, strict=True))
+        first, second = (self._states(prefix, rows, numbers) for numbers in (one, two))
+        if not same_bits(first[here], second[there]):
+            raise _Unfit("states of a row depend on the rows beside it")
+
+    def _states(self, prefix: Prefix, rows: Mapping[bytes, Any], numbers: Sequence[int]) -> Tensor:
+        digests, places = list(rows), list(rows.values())
+        batch = self._batch([places[i] for i in numbers], [digests[i] for i in numbers])
+        return self._watch(prefix, batch, short=True).states
+
     def _parts(self, prefix: Prefix, rows: Mapping[bytes, Any], size: int) -> Iterator[Tensor]:
         """Yield states in order, all computed in batches of one size."""
-        digests, places = list(rows), list(rows.values())
         for start in range(0, len(rows), size):
             # The last batch is filled up with the first rows.
             numbers = [i % len(rows) for i in range(start, start + size)]
-            batch = self._batch([places[i] for i in numbers], [digests[i] for i in numbers])
-            states = self._watch(prefix, batch, short=True).states
-            yield states[: len(rows) - start]
+            yield self._states(prefix, rows, numbers)[: len(rows) - start]
 
     # --- every forward ---------------------------------------------------------------------------
 
@@ -306,7 +336,7 @@ class PrefixReader(Reader):
         """Drop all states if the prefix is no longer what they were computed with."""
         try:
             problem = held.prefix.problem()
-            if not problem and not held.prefix.mark().same(held.mark):
+            if not problem and not held.fresh():
                 problem = "weights or modules below the first adapted block have changed"
         except (AttributeError, IndexError) as error:
             problem = f"a module of it is gone ({error})"

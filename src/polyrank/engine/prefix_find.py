@@ -36,14 +36,22 @@ class Mark(NamedTuple):
     """What tells whether a prefix is still the same; it keeps its tensors, so that ids stay."""
 
     modules: list[nn.Module]
-    numbers: list[tuple[int, int, int, bool]]
+    numbers: list[tuple[int, int, int]]
+    trains: bool
     held: list[Tensor]
     samples: list[Tensor]
 
     def same(self, before: Mark) -> bool:
         """Compare modules, then version counters, then some values."""
         alike = self.modules == before.modules and self.numbers == before.numbers
-        return alike and same_bits(self.samples, before.samples)
+        return alike and not self.trains and same_bits(self.samples, before.samples)
+
+    def written(self, before: Mark) -> list[int] | None:
+        """Return which tensors were written or moved; None if more than that happened."""
+        if self.trains or self.modules != before.modules or len(self.held) != len(before.held):
+            return None
+        pairs = zip(self.numbers, before.numbers, strict=True)
+        return [index for index, (now, then) in enumerate(pairs) if now != then]
 
 
 class Prefix:
@@ -115,7 +123,7 @@ class Prefix:
                 return f"{who} drops {module.p} of its inputs, drawn anew in training"
             if isinstance(module, _BatchNorm):
                 return f"{who} mixes the rows of a batch in training"
-            if module._compiled_call_impl is not None:
+            if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
                 return f"{who} is compiled"
         if self.busy():
             return "a module has a hook or a forward of its own"
@@ -135,26 +143,21 @@ class Prefix:
         miss single values; what trains or loads weights changes one of them.
         """
         held = self.tensors()
-        numbers = [
-            (id(t), t.data_ptr(), 0 if t.is_inference() else t._version, t.requires_grad)
-            for t in held
-        ]
+        numbers = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in held]
         kinds: dict[Any, list[Tensor]] = {}
         for tensor in held:
             flat = tensor.detach().reshape(-1)
             part = flat[:: max(1, len(flat) // _SAMPLE)]
             kinds.setdefault((tensor.dtype, tensor.device), []).append(part)
         samples = [torch.cat(parts) for parts in kinds.values()]
-        return Mark([*self.chain(), self.above(), *self.modules()], numbers, held, samples)
+        trains = any(t.requires_grad for t in held)
+        modules = [*self.chain(), self.above(), *self.modules()]
+        return Mark(modules, numbers, trains, held, samples)
 
     def content(self) -> dict[str, Any]:
         """Return what decides the outputs beside the inputs, as plain values."""
-        digest = hashlib.blake2b(digest_size=32)
-        for tensor in self.tensors():
-            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(as_bytes(tensor.detach().cpu()).numpy().data)
         return {
-            "tensors": digest.hexdigest(),
+            "tensors": [digest_of(tensor) for tensor in self.tensors()],
             "modules": [f"{type(m).__module__}.{type(m).__qualname__}" for m in self.modules()],
             "first": self.first,
             "config": self._config(),
@@ -197,6 +200,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     return model
+
+
+def digest_of(tensor: Tensor) -> str:
+    """Return what stands for dtype, shape and values of a tensor."""
+    digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
+    digest.update(as_bytes(tensor.detach().cpu()).numpy().data)
+    return digest.hexdigest()
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
