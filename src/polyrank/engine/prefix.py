@@ -17,12 +17,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from polyrank.engine.prefix_find import Mark, Prefix, digest_of, prefix_of, same_bits, unwrapped
+from polyrank.engine.prefix_find import Mark, Prefix, content_of, prefix_of, same_bits, unwrapped
 from polyrank.engine.prefix_serve import Forward, Relay, Seen, watched
 from polyrank.engine.prefix_store import (
     DTYPES,
@@ -54,27 +54,13 @@ class _Unfit(Exception):
     """Says why nothing can be kept."""
 
 
-@dataclass
-class _Held:
-    """What is kept, and what it belongs to; `digests` are those of the prefix's tensors."""
+class _Held(NamedTuple):
+    """What is kept, and what it belongs to."""
 
     prefix: Prefix
     mark: Mark
-    digests: list[str]
     relay: Relay
     states: States
-
-    def fresh(self) -> bool:
-        """Say whether modules and tensors are what they were; equal values may be written again."""
-        now = self.prefix.mark()
-        if now.same(self.mark):
-            return True
-        # A model wrapped for several processes has its tensors written, some in each forward.
-        written = now.written(self.mark)
-        if not written or any(digest_of(now.held[i]) != self.digests[i] for i in written):
-            return False
-        self.mark = now
-        return True
 
 
 @dataclass
@@ -233,13 +219,13 @@ class PrefixReader(Reader):
         def parts() -> Iterator[Tensor]:
             return self._parts(prefix, rows, even)
 
-        mark, content = prefix.mark(), prefix.content()
+        mark = Mark(prefix.look())
         if shape.bytes <= cache.memory:
             states = in_memory(digests, shape, parts())
         else:
-            key = {**content, **_circumstances(found.device), "size": even}
+            key = {**content_of(prefix, mark), **_circumstances(found.device), "size": even}
             states = on_disk(digests, shape, parts, key, cache.folder, cache.limit)
-        return _Held(prefix, mark, content["tensors"], relay, states)
+        return _Held(prefix, mark, relay, states)
 
     def _rows(self, datasets: Sequence[Dataset], size: int) -> dict[bytes, Any]:
         """Return one row of each content by its digest, as (dataset, number)."""
@@ -319,8 +305,7 @@ class PrefixReader(Reader):
         if held is None or unwrapped(model) is not self._cache.model:
             return super().forward(model, batch, wants)
         states = None
-        # Who listens inside of the prefix, or asks for its states, shall see it run.
-        if "hidden" not in wants and not held.prefix.busy() and self._fresh(held):
+        if "hidden" not in wants and self._fresh(held):
             digests = row_digests(self.inputs(batch))
             states = None if digests is None else held.states.take(digests)
         if states is None or not self._even(held, len(states)):
@@ -333,13 +318,17 @@ class PrefixReader(Reader):
         return out
 
     def _fresh(self, held: _Held) -> bool:
-        """Drop all states if the prefix is no longer what they were computed with."""
+        """Say whether the prefix is what it was, and drop all states if not."""
         try:
-            problem = held.prefix.problem()
-            if not problem and not held.fresh():
+            look = held.prefix.look()
+            if look.busy():
+                # Who listens shall hear it now, and need not stay.
+                return False
+            problem = look.problem()
+            if not problem and not held.mark.of(look):
                 problem = "weights or modules below the first adapted block have changed"
         except (AttributeError, IndexError) as error:
-            problem = f"a module of it is gone ({error})"
+            problem = f"a module below the first adapted block is gone ({error})"
         if problem:
             self._cache.drop(problem)
         return not problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,28 +32,6 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _SAMPLE = 32
 
 
-class Mark(NamedTuple):
-    """What tells whether a prefix is still the same; it keeps its tensors, so that ids stay."""
-
-    modules: list[nn.Module]
-    numbers: list[tuple[int, int, int]]
-    trains: bool
-    held: list[Tensor]
-    samples: list[Tensor]
-
-    def same(self, before: Mark) -> bool:
-        """Compare modules, then version counters, then some values."""
-        alike = self.modules == before.modules and self.numbers == before.numbers
-        return alike and not self.trains and same_bits(self.samples, before.samples)
-
-    def written(self, before: Mark) -> list[int] | None:
-        """Return which tensors were written or moved; None if more than that happened."""
-        if self.trains or self.modules != before.modules or len(self.held) != len(before.held):
-            return None
-        pairs = zip(self.numbers, before.numbers, strict=True)
-        return [index for index, (now, then) in enumerate(pairs) if now != then]
-
-
 class Prefix:
     """The blocks below the first one that is adapted or trained, and all that runs before them.
 
@@ -70,38 +48,19 @@ class Prefix:
         self.model, self.path, self.first = model, path, first
         # Paths of modules that run before the first adapted block though they are defined after it.
         self.others: list[str] = []
-        self.reason = self.problem()
+        self.reason = self.look().problem()
 
-    def chain(self) -> list[nn.Module]:
-        """Return what holds the blocks, each module holding the next, their list last."""
-        return _chain(self.model, self.path)
-
-    def blocks(self) -> list[nn.Module]:
-        """Return the frozen blocks, in order."""
-        return list(cast("nn.ModuleList", self.chain()[-1]))[: self.first]
-
-    def above(self) -> nn.Module:
-        """Return the block that they feed."""
-        return cast("nn.ModuleList", self.chain()[-1])[self.first]
-
-    def modules(self) -> list[nn.Module]:
-        """Return every module of the prefix."""
-        others = [self.model.get_submodule(path) for path in self.others]
-        roots = [*_before(self.chain()), *self.blocks(), *others]
-        return [module for root in roots for module in root.modules()]
-
-    def tensors(self) -> list[Tensor]:
-        """Return every parameter and buffer that the prefix may read."""
-        held = [*self.chain()[:-1], *self.modules()]
-        places = [place for m in held for place in (m._parameters, m._buffers)]
-        return [t for place in places for t in place.values() if t is not None]
+    def look(self) -> Look:
+        """Return the prefix as it is now."""
+        return Look(self)
 
     def extend(self, called: Iterable[nn.Module]) -> None:
         """Add modules that ran before the first adapted block though they are defined after it.
 
         Sets `reason` if one of them is adapted or trains.
         """
-        known = {*self.modules(), *self.chain()}
+        look = self.look()
+        known = {*look.modules, *look.chain}
         paths = {module: path for path, module in self.model.named_modules()}
         for module in called:
             if module not in known:
@@ -110,67 +69,110 @@ class Prefix:
                 if _touched([module]):
                     who = f"{type(module).__name__} at {paths[module]}"
                     self.reason = f"{who} runs before the first adapted block and is not frozen"
-        self.reason = self.reason or self.problem()
+        self.reason = self.reason or self.look().problem()
+
+
+class Look:
+    """The modules and tensors of a prefix at one moment.
+
+    Attributes:
+        chain: what holds the blocks, each module holding the next, their list last.
+        blocks: the frozen blocks, in order.
+        above: the block that they feed.
+        modules: every module of the prefix.
+        tensors: every parameter and buffer that it may read.
+    """
+
+    def __init__(self, prefix: Prefix) -> None:
+        self.chain = _chain(prefix.model, prefix.path)
+        stack = list(self.chain[-1].children())
+        self.blocks, self.above = stack[: prefix.first], stack[prefix.first]
+        self.modules: list[nn.Module] = []
+        others = (prefix.model.get_submodule(path) for path in prefix.others)
+        for root in (*_before(self.chain), *self.blocks, *others):
+            _walk(root, self.modules)
+        places = (p for m in (*self.chain, *self.modules) for p in (m._parameters, m._buffers))
+        self.tensors: list[Tensor] = [t for p in places for t in p.values() if t is not None]
+
+    def busy(self) -> bool:
+        """Say whether something listens inside of the prefix, so that it must run."""
+        return any("forward" in vars(module) or _hooked(module) for module in self.modules)
 
     def problem(self) -> str:
         """Say why the outputs would not be those of every later forward, if so."""
-        for module in (*self.chain(), *self.modules()):
+        for module in (*self.chain, *self.modules):
             who = type(module).__name__
             for name, value in vars(module).items():
-                if isinstance(value, float) and "drop" in name and value > 0:
+                if "drop" in name and isinstance(value, float) and value > 0:
                     return f"{who}.{name} is {value}, and draws anew in every training forward"
             if isinstance(module, _DropoutNd) and module.p > 0:
                 return f"{who} drops {module.p} of its inputs, drawn anew in training"
             if isinstance(module, _BatchNorm):
                 return f"{who} mixes the rows of a batch in training"
-            if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+            if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
                 return f"{who} is compiled"
         if self.busy():
             return "a module has a hook or a forward of its own"
-        for tensor in self.tensors():
+        for tensor in self.tensors:
             if type(tensor.data) is not Tensor or tensor.is_meta:
                 return f"a weight is a {type(tensor.data).__name__} without plain values"
         return ""
 
-    def busy(self) -> bool:
-        """Say whether something listens inside of the prefix, so that it must run."""
-        return any("forward" in vars(module) or _hooked(module) for module in self.modules())
 
-    def mark(self) -> Mark:
-        """Return what changes with the prefix.
+class Mark:
+    """What tells whether a prefix is still the same.
 
-        Version counters miss what is written through `.data` or by a fused optimiser, and samples
-        miss single values; what trains or loads weights changes one of them.
-        """
-        held = self.tensors()
-        numbers = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in held]
-        kinds: dict[Any, list[Tensor]] = {}
-        for tensor in held:
-            flat = tensor.detach().reshape(-1)
-            part = flat[:: max(1, len(flat) // _SAMPLE)]
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(part)
-        samples = [torch.cat(parts) for parts in kinds.values()]
-        trains = any(t.requires_grad for t in held)
-        modules = [*self.chain(), self.above(), *self.modules()]
-        return Mark(modules, numbers, trains, held, samples)
+    Identities and version counters miss what is written through `.data` or by a fused optimiser,
+    and samples miss single values; what trains or loads weights changes one of them. Of a tensor
+    that was written, all values are compared: a model wrapped for several processes has its tensors
+    written with what they hold, some of them in each forward.
 
-    def content(self) -> dict[str, Any]:
-        """Return what decides the outputs beside the inputs, as plain values."""
-        return {
-            "tensors": [digest_of(tensor) for tensor in self.tensors()],
-            "modules": [f"{type(m).__module__}.{type(m).__qualname__}" for m in self.modules()],
-            "first": self.first,
-            "config": self._config(),
-        }
+    Attributes:
+        digests: of the values of all tensors.
+    """
 
-    def _config(self) -> dict[str, str]:
-        for module in reversed(self.chain()):
-            config: Any = getattr(module, "config", None)
-            if hasattr(config, "to_dict"):
-                found = {k: v for k, v in config.to_dict().items() if k not in _ASIDE}
-                found["attention"] = getattr(config, "_attn_implementation", None)
-                return {key: repr(found[key]) for key in sorted(found)}
-        return {}
+    def __init__(self, look: Look) -> None:
+        self.modules = _places(look)
+        self.digests = [digest_of(tensor) for tensor in look.tensors]
+        self._hold(look)
+        self.samples = self._sample()
+
+    def of(self, look: Look) -> bool:
+        """Say whether a prefix has the marked modules and values, and does not train."""
+        if self.modules != _places(look) or any(t.requires_grad for t in look.tensors):
+            return False
+        if len(look.tensors) != len(self.held):
+            return False
+        pairs = zip(_numbers(look.tensors), self.numbers, strict=True)
+        written = [index for index, (now, then) in enumerate(pairs) if now != then]
+        if any(digest_of(look.tensors[i]) != self.digests[i] for i in written):
+            return False
+        if written:
+            self._hold(look)
+        return same_bits(self._sample(), self.samples)
+
+    def _hold(self, look: Look) -> None:
+        # Held, so that no other tensor gets the id of one of them.
+        self.held, self.numbers = look.tensors, _numbers(look.tensors)
+        self.views: dict[Any, list[Tensor]] = {}
+        for tensor in look.tensors:
+            if tensor.is_contiguous():
+                flat = tensor.detach().view(-1)[:: max(1, tensor.numel() // _SAMPLE)]
+                self.views.setdefault((tensor.dtype, tensor.device), []).append(flat)
+
+    def _sample(self) -> list[Tensor]:
+        return [torch.cat(views) for views in self.views.values()]
+
+
+def content_of(prefix: Prefix, mark: Mark) -> dict[str, Any]:
+    """Return what decides the outputs of a prefix beside its inputs, as plain values."""
+    look = prefix.look()
+    return {
+        "tensors": mark.digests,
+        "modules": [f"{type(m).__module__}.{type(m).__qualname__}" for m in look.modules],
+        "first": prefix.first,
+        "config": _config(look.chain),
+    }
 
 
 def prefix_of(model: nn.Module) -> Prefix | None:
@@ -230,6 +232,32 @@ def same_bits(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
     return not isinstance(a, (bool, int, float, str)) or a == b
+
+
+def _places(look: Look) -> list[nn.Module]:
+    return [*look.chain, look.above, *look.modules]
+
+
+def _numbers(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+
+def _config(chain: Sequence[nn.Module]) -> dict[str, str]:
+    for module in reversed(chain):
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "to_dict"):
+            found = {k: v for k, v in config.to_dict().items() if k not in _ASIDE}
+            found["attention"] = getattr(config, "_attn_implementation", None)
+            return {key: repr(found[key]) for key in sorted(found)}
+    return {}
+
+
+def _walk(module: nn.Module, found: list[nn.Module]) -> None:
+    # Faster than `modules()`, which looks for modules that are held twice.
+    found.append(module)
+    for child in module._modules.values():
+        if child is not None:
+            _walk(child, found)
 
 
 def _chain(model: nn.Module, path: str) -> list[nn.Module]:

@@ -51,10 +51,10 @@ def watched(prefix: Prefix, *, short: bool = False, tails: Tails | None = None) 
         tails: what notes loops on the way to the first adapted block.
     """
     seen = Seen()
-    chain = prefix.chain()
-    stack = chain[-1]
-    inside = {*chain, *stack.modules()}
-    above, last = prefix.above(), list(stack.children())[-1]
+    look = prefix.look()
+    stack = look.chain[-1]
+    inside = {*look.chain, *stack.modules()}
+    last = list(stack.children())[-1]
 
     def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.start = _states(module, args, kwargs)
@@ -79,10 +79,10 @@ def watched(prefix: Prefix, *, short: bool = False, tails: Tails | None = None) 
 
     with ExitStack() as undo:
         handles = [
-            prefix.blocks()[0].register_forward_pre_hook(start, with_kwargs=True),
-            above.register_forward_pre_hook(entry, with_kwargs=True, prepend=True),
+            look.blocks[0].register_forward_pre_hook(start, with_kwargs=True),
+            look.above.register_forward_pre_hook(entry, with_kwargs=True, prepend=True),
             last.register_forward_hook(end),
-            *(b.register_forward_hook(block) for b in prefix.blocks()),
+            *(b.register_forward_hook(block) for b in look.blocks),
             *(m.register_forward_hook(returned) for m in prefix.model.modules() if m not in inside),
         ]
         for handle in handles:
@@ -129,8 +129,9 @@ class Relay:
             trusted: whether to do so without a comparison.
         """
         forward = Forward(self, states, trusted)
-        blocks = self.prefix.blocks()
-        handle = self.prefix.above().register_forward_pre_hook(
+        look = self.prefix.look()
+        blocks = look.blocks
+        handle = look.above.register_forward_pre_hook(
             forward.arrive, with_kwargs=True, prepend=True
         )
         try:
