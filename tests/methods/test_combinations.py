@@ -47,6 +47,12 @@ def test_there_is_something_to_combine():
     assert expected | {"masked", "replay", "sequential"} <= {cls.name for cls in STRATEGIES}
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda cls: cls.name)
+def test_facts_are_no_options(strategy):
+    for sample in strategy.samples():
+        assert not {"structural", "persistent", "pools", "needs"} & sample.options().keys()
+
+
 @pytest.mark.parametrize("pair", list(itertools.combinations(STRATEGIES, 2)), ids=str)
 def test_two_strategies_combine_or_say_why_not(pair):
     fits, said = together(pr.method("lora"), *pair)

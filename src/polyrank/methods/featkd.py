@@ -65,11 +65,11 @@ class FeatKD(Later):
     """Feature distillation.
 
     Args:
-        weight: λ >= 0.
+        weight: λ >= 0, of a sum over features.
         layer: number of a hidden state, from behind if negative; None is what the classifier reads.
     """
 
-    weight: float = 1.0
+    weight: float = 0.01
     layer: int | None = None
 
     needs = frozenset({"boundary"})
@@ -95,4 +95,4 @@ class FeatKD(Later):
     @classmethod
     def samples(cls) -> list[Strategy]:
         """What the classifier reads; the last hidden state."""
-        return [cls(), cls(layer=-1, weight=0.1)]
+        return [cls(), cls(layer=-1, weight=0.001)]
