@@ -1,5 +1,6 @@
 """Text models without a hub: mean pooling, growing heads, round trips, training that is cached."""
 
+import json
 import re
 from importlib.util import find_spec
 
@@ -207,7 +208,8 @@ def packaged(folder, monkeypatch, **changes):
     inside.mkdir(parents=True)
     (inside.parent / "__init__.py").write_text("raise AssertionError('imported')\n")
     small = config(hidden_dropout_prob=0.1, **changes)
-    small.to_json_file(str(inside / "config.json"))
+    described = {**small.to_dict(), "_name_or_path": "someone/encoder"}
+    (inside / "config.json").write_text(json.dumps(described), encoding="utf-8")
     words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "x": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.enable_truncation(2)
@@ -232,6 +234,18 @@ def test_any_encoder_in_the_package_is_read_and_its_lengths_dropped(tmp_path, mo
     assert torch.equal(model.bert(**batch)[0], source.bert(**batch)[0])
     assert not model(**batch).logits.any()
     assert tokenizer("x x x y")["input_ids"] == [2, 2, 2, 1]
+
+
+def test_saving_an_adapter_asks_no_hub_for_the_base(tmp_path, monkeypatch):
+    inside = packaged(tmp_path, monkeypatch)
+    save(inside, encoders.MeanPooledClassifier(config()).bert.state_dict())
+    bases = [encoders.minilm_classifier()[0], encoders.train_causal(text_stream(), 0, tmp_path)[0]]
+    for base, targets in zip(bases, (encoders.DEFAULT_TARGETS, ["q_proj"]), strict=True):
+        adapted = pr.adapt(base, pr.method("lora", r=2), targets, seed=0)
+        # Warnings are errors here, and PEFT warns of a hub that it cannot reach.
+        adapted.save_pretrained(str(tmp_path / "adapter"))
+        text = (tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8")
+        assert not json.loads(text)["base_model_name_or_path"]
 
 
 def test_damaged_weights_are_refused(tmp_path, monkeypatch):

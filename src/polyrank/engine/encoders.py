@@ -154,6 +154,8 @@ def minilm_classifier() -> tuple[MeanPooledClassifier, PreTrainedTokenizerFast]:
         ) from error
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     config.architectures = [MeanPooledClassifier.__name__]
+    # PEFT would ask the hub for the model that is named there.
+    config._name_or_path = ""
     # The file fixes its own lengths, the caller shall choose.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -289,6 +291,8 @@ def train_causal(
     found = cached("causal", key, make, cache_folder)
     with _quiet():
         model = LlamaForCausalLM.from_pretrained(str(found))
+    # A place in the cache is no name, and adapters record it.
+    model.name_or_path = model.config._name_or_path = ""
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(str(found))
 
 
