@@ -268,7 +268,7 @@ def test_it_stores_rows_and_needs_ranks_that_keep_their_meaning():
         ({"weight": -1.0}, "weight: got -1"),
         ({"capacity": 0}, "capacity: got 0"),
         ({"shape": "min"}, "shape: got 'min'"),
-        ({"target": "hiden"}, "did you mean 'hidden'"),
+        ({"target": "hiddens"}, "did you mean 'hidden'"),
         ({"inference": "both"}, "inference: got 'both'"),
     ],
 )
