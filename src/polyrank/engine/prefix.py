@@ -3,11 +3,11 @@
 What a run computes is, bit for bit, that of a run without. Kept states are those of a row in a
 batch of fixed size, in evaluation mode, and an ordinary forward can give others for two reasons.
 Where a row stands in its batch matters at the ends of vector loops: see `prefix_tails`. How many
-rows there are decides which kernels run: of fp32 products on a CPU, where a thread gets fewer than
-four of the rows times tokens; on a GPU, nearly always. The first is known beforehand. As to the
-second, the first forward of every kind (rows, mode, threads, precision, what the blocks get beside
-states) runs in full and is compared bit by bit. Batches that may differ run in full for ever, with
-a warning.
+rows there are decides which kernels run: of MKL's fp32 products, where a thread gets fewer than
+four of the rows times tokens; of other devices nothing is assumed. The first is known beforehand.
+As to the second, the first forward of every kind (rows, mode, threads, precision, what the blocks
+get beside states) runs in full and is compared bit by bit. Batches that may differ run in full for
+ever, with a warning.
 """
 
 from __future__ import annotations
