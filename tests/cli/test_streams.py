@@ -122,10 +122,7 @@ def test_three_faults_are_three_lines_before_anything_is_loaded(shop, capsys):
     assert not Path("runs").exists()
 
 
-def test_what_the_engine_cannot_run_yet_is_refused(capsys, shop):
+def test_a_stream_that_needs_a_model_says_so(capsys, shop):
     (line,) = faults(capsys, "run", "--stream", "shop.yaml")
-    assert "has tasks of kind text-to-label (news), whose rows are text or stored images" in line
-    Path("mine.yaml").write_text("use: digits\noptions: {domains: rotation}\n", encoding="utf-8")
-    (line,) = faults(capsys, "run", "--stream", "mine.yaml")
-    assert "'digits-rotation' is domain-incremental" in line
+    assert "brings no data to train one on; pass --model" in line
     assert not Path("runs").exists()

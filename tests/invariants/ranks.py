@@ -13,8 +13,15 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 import polyrank as pr
+from polyrank.engine.phase import Training, run_phase
+from polyrank.engine.reading import ImageReader
+from polyrank.engine.settings import Settings
+from polyrank.engine.workshop import TaskWorkshop
+from polyrank.frame import Phase
+from polyrank.layers import grow_head
+from polyrank.testing.streams import few_digits, tiny_vit
 
-ROWS, UPDATES, ACCUMULATION, SIZE = 24, 3, 2, 4
+ROWS, UPDATES, ACCUMULATION, SIZE = 160, 20, 2, 4
 
 
 def tools():
@@ -80,6 +87,44 @@ def trained(helper, folder, world):
     return model, facts
 
 
+def phased(helper, rank, world):
+    """One phase of the engine, whose order and counts span all processes."""
+    stream = few_digits(rows=ROWS, tasks=2)
+    method = pr.method("smora", r=4, k=2, balance=0.01)
+    model = pr.adapt(tiny_vit().double(), method, head="classifier", seed=3).double()
+    grow_head(model, stream[0].labels, seed=3)
+    model.double()
+    reader = ImageReader()
+    parts = [stream[0].data["train"].take(range(ROWS))]
+    workshop = TaskWorkshop(model, _Double(reader), {"train": parts}, seed=3, task=0, size=SIZE)
+    run = Training(
+        model=model,
+        reader=workshop.reader,
+        method=method,
+        strategies=(),
+        settings=Settings(epochs=1, batch_size=SIZE // world, accumulation=ACCUMULATION, lr=1e-2),
+        parts=parts,
+        task=0,
+        shown=0,
+        seed=3,
+        workshop=workshop,
+        watch=lambda event, fields: None,
+        where={"system": "smora", "task": "4-5"},
+    )
+    run_phase(run, Phase(steps=UPDATES))
+    return model, {"losses": [], "calls": [], "norms": [0.0]}
+
+
+class _Double(ImageReader):
+    """Reads pixels in fp64."""
+
+    def __init__(self, inner):
+        super().__init__()
+
+    def inputs(self, batch):
+        return {"pixel_values": batch["pixel_values"].double()}
+
+
 def main(folder, rank, world):
     torch.set_num_threads(1)
     if world > 1:
@@ -88,6 +133,7 @@ def main(folder, rank, world):
     for road, (model, fact) in {
         "attach": attached(helper, rank, world),
         "trainer": trained(helper, folder, world),
+        "phase": phased(helper, rank, world),
     }.items():
         facts[road] = fact
         save_file(helper.trained(model), str(folder / f"{rank}-{road}.safetensors"))

@@ -156,7 +156,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("road", ["attach", "trainer"])
+@pytest.mark.parametrize("road", ["attach", "trainer", "phase"])
 def test_two_processes_equal_one_on_the_joined_batch(ranks, road):
     ((alone, weights),) = ranks[1]
     first, second = ranks[2]

@@ -147,7 +147,12 @@ def _arguments(
     settings: Settings, phase: Phase, folder: str, steps: int, seed: int
 ) -> TrainingArguments:
     total = phase.span[1] if phase.span else steps
+    # Left alone, transformers looks for no other process on a machine without an accelerator.
+    alone = _processes() == 1
+    plain: dict[str, Any] = {} if torch.cuda.is_available() else {"use_cpu": True}
     return TrainingArguments(
+        **plain,
+        ddp_backend=None if alone or torch.cuda.is_available() else "gloo",
         output_dir=folder,
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,

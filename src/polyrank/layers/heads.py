@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from polyrank.errors import ConfigError
 from polyrank.frame import Head
+from polyrank.layers.views import wide
 
 
 class LinearHead(Head):
@@ -52,5 +53,6 @@ class LinearHead(Head):
     def forward(
         self, embedding: Tensor, encode: Callable[[Sequence[str]], Tensor] | None = None
     ) -> Tensor:
-        """Return logits (batch, seen classes) in fp32."""
-        return F.linear(embedding.float(), self.weight.float(), self.bias.float())
+        """Return logits (batch, seen classes) in fp32, in fp64 if the weights are."""
+        weight, bias = wide(self.weight), wide(self.bias)
+        return F.linear(embedding.to(weight.dtype), weight, bias)
