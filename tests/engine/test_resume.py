@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 
 import pytest
 import torch
@@ -63,6 +62,14 @@ def killed_after(saves, monkeypatch):
     monkeypatch.setattr(machine.Checkpoints, "save", dying)
 
 
+def cut(name, out, saves, monkeypatch, **changes):
+    """Make a run that dies after so many checkpoints."""
+    with monkeypatch.context() as patched:
+        killed_after(saves, patched)
+        with pytest.raises(Killed):
+            go(name, out, **changes)
+
+
 def same(first, second):
     ours, theirs = first.model.state_dict(), second.model.state_dict()
     assert ours.keys() == theirs.keys()
@@ -79,9 +86,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(name, tmp_path, monkeypatch):
     assert saves >= 8
     for stop in (2, saves - 2):
         out = tmp_path / f"killed-{stop}"
-        with monkeypatch.context() as patched, pytest.raises(Killed):
-            killed_after(stop, patched)
-            go(name, out)
+        cut(name, out, stop, monkeypatch)
         again = go(name, out)
         assert "resumed" in [event["event"] for event in _events(out)]
         same(whole, again)
@@ -97,17 +102,13 @@ def test_a_kill_inside_a_job_goes_on_inside_it(tmp_path, monkeypatch):
     stages = [e for e in _events(whole.path) if e["event"] in ("checkpoint", "job")]
     first = next(i for i, event in enumerate(stages) if event["event"] == "job")
     saves = len([e for e in stages[:first] if e["event"] == "checkpoint"]) + 1
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        killed_after(saves, patched)
-        go("ewc", tmp_path / "killed")
+    cut("ewc", tmp_path / "killed", saves, monkeypatch)
     same(whole, go("ewc", tmp_path / "killed"))
 
 
 def test_a_damaged_newest_checkpoint_is_left_out_loudly(tmp_path, monkeypatch, caplog):
     whole = go("smora", tmp_path / "whole")
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        killed_after(4, patched)
-        go("smora", tmp_path / "cut")
+    cut("smora", tmp_path / "cut", 4, monkeypatch)
     newest = sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1]
     data = bytearray((newest / "tensors.safetensors").read_bytes())
     data[-3] ^= 1
@@ -119,19 +120,15 @@ def test_a_damaged_newest_checkpoint_is_left_out_loudly(tmp_path, monkeypatch, c
 
 
 def test_nothing_begins_anew_when_all_checkpoints_are_damaged(tmp_path, monkeypatch):
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        killed_after(3, patched)
-        go("smora", tmp_path / "cut")
+    cut("smora", tmp_path / "cut", 3, monkeypatch)
     for folder in (tmp_path / "cut" / "checkpoints").iterdir():
         (folder / "state.json").write_text("{", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="all checkpoints are damaged.*to start anew"):
+    with pytest.raises(CheckpointError, match=r"all checkpoints are damaged.*to start anew"):
         go("smora", tmp_path / "cut")
 
 
 def test_a_changed_config_refuses_and_says_what_changed(tmp_path, monkeypatch):
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        killed_after(2, patched)
-        go("smora", tmp_path / "cut")
+    cut("smora", tmp_path / "cut", 2, monkeypatch)
     with pytest.raises(RunError, match=r"train\.lr: 0\.01 here, 0\.02 asked for"):
         go("smora", tmp_path / "cut", train={**FAST, "lr": 2e-2})
     with pytest.raises(RunError, match=r"stream\.hash: .* here, .* asked for"):
@@ -170,9 +167,7 @@ def test_references_after_the_method_resume_too(tmp_path, monkeypatch):
     chosen = {"references": ["sequential", "joint"]}
     whole = go("smora", tmp_path / "whole", **chosen)
     saves = len([e for e in _events(whole.path) if e["event"] == "checkpoint"])
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        killed_after(saves - 2, patched)
-        go("smora", tmp_path / "cut", **chosen)
+    cut("smora", tmp_path / "cut", saves - 2, monkeypatch, **chosen)
     again = go("smora", tmp_path / "cut", **chosen)
     for system in ("smora", "sequential", "joint"):
         assert str(again.system(system)["unrestricted"]) == str(
@@ -221,12 +216,9 @@ def test_a_full_disk_ends_clearly_and_leaves_the_last_checkpoint(tmp_path, monke
 
 def test_two_tasks_at_once_equal_one_after_the_other(tmp_path, monkeypatch):
     whole = go("replay", tmp_path / "whole", save_every=1000)
-    shutil.copytree(tmp_path / "whole", tmp_path / "copy")
     for _ in range(2):
         # One checkpoint a task: each call trains one task and ends.
-        with monkeypatch.context() as patched, pytest.raises(Killed):
-            killed_after(1, patched)
-            go("replay", tmp_path / "parts", save_every=1000)
+        cut("replay", tmp_path / "parts", 1, monkeypatch, save_every=1000)
     same(whole, go("replay", tmp_path / "parts", save_every=1000))
 
 

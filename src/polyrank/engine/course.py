@@ -185,7 +185,10 @@ class Course:
     def _close(self) -> None:
         group, workshop = self.groups[self.group], self._workshop()
         # Before anything is absorbed or redrawn.
-        sign = adapter_of(self.model).check_alive(self.before)
+        adapter = adapter_of(self.model)
+        # A first task of a single class has nothing to learn, so that only the end tells.
+        last = self.group == len(self.groups) - 1
+        sign = adapter.check_alive(self.before) if last else adapter.method.vital_sign(adapter)
         self.services.watch("vital_sign", {**self.where(), **sign})
         strategies = [s for s in self.system.strategies if s.boundary() is not None]
         numbers = range(1, len(self.boundaries))
