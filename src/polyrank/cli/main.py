@@ -15,7 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from polyrank.cli import compare, doctor, methods, new_method, report, resume, run, streams, sweep
-from polyrank.cli.values import spread
+from polyrank.cli.values import TYPED, spread
 from polyrank.errors import ConfigError, PolyrankError
 
 NOISE = (
@@ -26,6 +26,9 @@ NOISE = (
     "peft",
     "accelerate",
 )
+
+STOPPED = "stopped; of a run the same command goes on from its last checkpoint"
+TERMINATED = 143
 
 app = typer.Typer(
     name="polyrank",
@@ -67,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     SIGINT and SIGTERM, with a checkpoint.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    TYPED[:] = words
     quiet()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -79,5 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             typer.echo(f"error: {problem}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
+        typer.echo(STOPPED, err=True)
         sys.exit(130)
+    except SystemExit as end:
+        if end.code == TERMINATED:
+            typer.echo(STOPPED, err=True)
+        raise

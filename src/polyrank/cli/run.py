@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from polyrank.cli.choices import choose, repeated, targets, unique
 from polyrank.cli.outcome import show
+from polyrank.cli.values import TYPED
 
 HELP = """Take a method through a stream of tasks and report.
 
@@ -102,7 +102,7 @@ def command(
                 out=folder,
                 overwrite=overwrite,
                 save_every=save_every,
-                command=["polyrank", *repeated(sys.argv[1:], number)],
+                command=["polyrank", *repeated(TYPED, number)],
             )
         )
     show(results, report, out)

@@ -11,6 +11,9 @@ from polyrank.errors import ConfigError
 # Options that take several values behind one flag, as in `--set r=16 k=4`.
 MANY = ("--set", "--train", "--with", "--references", "--seed", "--target")
 
+# The words of the command that is being run, for its record.
+TYPED: list[str] = []
+
 
 def value(text: str) -> Any:
     """Read a number, true, false, null, a JSON list or object; anything else is a string."""
