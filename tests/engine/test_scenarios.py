@@ -139,3 +139,10 @@ def test_a_task_incremental_stream_gives_the_task_at_test(tmp_path):
     assert stream.visible.task_id_test
     result = go(stream, tmp_path / "run")
     assert (result.restricted[2] >= result.matrix[2]).all()
+
+
+def test_several_processes_do_not_write_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"one of 2 processes.*without torchrun"):
+        go(small(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

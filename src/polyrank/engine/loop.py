@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,6 +94,7 @@ def run(
         InertError: if a method did nothing.
     """
     plan = Plan.build(stream, method, strategies, references, train, target_modules, seed, validate)
+    _alone()
     if save_every is not None and (type(save_every) is not int or save_every < 1):
         raise ConfigError(f"save_every: got {save_every!r}, expected updates >= 1, or None")
     with _untouched(base if isinstance(base, nn.Module) else None):
@@ -113,6 +115,16 @@ def run(
         # Only now: without them and not yet done, a killed run would begin anew.
         Checkpoints(folder.path / "checkpoints").clear()
         return result
+
+
+def _alone() -> None:
+    """Refuse to be one of several processes, which would all write the same folder."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        raise ConfigError(
+            f"run: started as one of {count} processes, expected one, which writes the folder; "
+            "start it without torchrun, or train each task with polyrank.Trainer in all of them"
+        )
 
 
 @contextmanager
