@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ def show(results: Sequence[Any], report: bool, out: Path | None) -> None:
     """Print the tables of every run, and of several the comparison over seeds."""
     from polyrank.reports import compare, terminal_table
 
-    console = Console(highlight=False)
+    # A pipe has no width of its own, and 80 columns would break the heads.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     for result in results:
         console.print(terminal_table(result.results))
         where = f"report: {result.report()}" if report else f"run: {result.path}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,8 @@ def command(run: Annotated[Path, typer.Argument(help="Folder that `polyrank run`
     from polyrank.reports import report, terminal_table
 
     written = report(run)
-    console = Console(highlight=False)
+    # A pipe has no width of its own, and 80 columns would break the heads.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(terminal_table(RunFolder.open(run).results()))
     for path in written.values():
         console.print(str(path), soft_wrap=True)
