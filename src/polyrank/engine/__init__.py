@@ -12,6 +12,8 @@ _HOMES = {
     "TrainerMixin": "polyrank.engine.trainer",
     "attach": "polyrank.engine.attachment",
     "attach_automatically": "polyrank.engine.automatic",
+    "adapter_state": "polyrank.engine.paths",
+    "connectivity": "polyrank.engine.paths",
     "REFERENCES": "polyrank.engine.plan",
     "run": "polyrank.engine.loop",
 }

@@ -17,9 +17,10 @@ from polyrank.reports import (
     sheet,
     view,
 )
+from polyrank.reports.path_drawing import path_picture
 from polyrank.reports.table import terminal_table, terminal_text
 
-__all__ = ["compare", "report", "terminal_table", "terminal_text"]
+__all__ = ["compare", "path_picture", "report", "terminal_table", "terminal_text"]
 
 
 def report(path: str | os.PathLike[str]) -> dict[str, Path]:
