@@ -26,7 +26,7 @@ from polyrank.frame.slots import (
     Step,
     conflicts,
 )
-from polyrank.frame.stages import Boundary, Buffer, Job, Phase, Replay, Workshop
+from polyrank.frame.stages import Boundary, Buffer, Figure, Job, Phase, Replay, Workshop
 
 __all__ = [
     "ORDER",
@@ -37,6 +37,7 @@ __all__ = [
     "Boundary",
     "Buffer",
     "Core",
+    "Figure",
     "Flow",
     "Generator",
     "Group",

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from polyrank.frame.saved import Saved
 from polyrank.frame.slots import Adapter, Group, Layer
 
 
@@ -44,6 +45,27 @@ class Job:
     step: Callable[[Workshop, dict[str, Any]], bool]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A table of numbers that a method shows in the report, drawn as a heat map.
+
+    Attributes:
+        name: stem of its file, lower case with dashes.
+        rows, columns: what the rows and the columns stand for.
+        values: (rows, columns), NaN for what was not measured.
+        unit: what the numbers count.
+        note: one sentence on how to read it.
+    """
+
+    name: str
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: tuple[tuple[float, ...], ...]
+    unit: str = ""
+    note: str = ""
+
+
 class Boundary:
     """The state machine of a task, and the only place where shapes or base weights may change.
 
@@ -73,6 +95,22 @@ class Boundary:
     def deploys(self, workshop: Workshop) -> dict[str, AbstractContextManager[Any]]:
         """Return what is to be evaluated, each entered around its evaluation."""
         return {"": nullcontext()}
+
+    def exports(self, workshop: Workshop) -> dict[str, Saved]:
+        """Return adapters to write beside the live one after the last task, by folder name.
+
+        Plain LoRA, as `parts.plain_lora` makes it, or any other adapter in PEFT's layout.
+        """
+        return {}
+
+    def figures(self, workshop: Workshop, routing: dict[str, Any] | None) -> list[Figure]:
+        """Return what the report shows of the method, asked once after the last task.
+
+        `routing` holds what the gates did on the test rows of every task, None without gates:
+        "layers" (paths) and "tasks" (names), and by task and layer "load" (share of the tokens that
+        chose each rank), "gate" (mean gate of each rank) and "entropy" (of the load).
+        """
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
