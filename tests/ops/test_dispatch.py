@@ -77,6 +77,8 @@ def ones(*shape):
         ("none", {"y": ones(8, 11)}, {}, r"y: got shape \(8, 11\), expected \(9, 11\)"),
         ("none", {"B": ones(11, 10)}, {}, r"B: got shape \(11, 10\), expected \(11, 12\)"),
         ("none", {"rows": ones(12, 13)}, {}, "rows: got .* for kind 'none', expected None"),
+        ("none", {"B": ones(11, 13)}, {"live_from": 4}, r"B: got shape \(11, 13\)"),
+        ("self", {"B": ones(11, 8)}, {"live_from": 3}, "or up to live_from = 3 columns fewer"),
         ("sigmoid", {"rows": None}, {}, r"rows: got None, expected \(12, 13\)"),
         ("sigmoid", {"rows": ones(6, 13)}, {}, r"rows: got shape \(6, 13\), expected \(12, 13\)"),
         ("sigmoid", {"epilogue": Epilogue("linear", k=13)}, {}, "k <= r = 12"),

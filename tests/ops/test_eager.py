@@ -95,6 +95,30 @@ def test_options(make, name, option, dtype):
     same(case, LOOSE if summed else None, **OPTIONS[option](case))
 
 
+def without_values(case, silent):
+    """The case with B short of its first columns, and with zeros in their place."""
+    short = case.B.detach()[:, silent:].clone().requires_grad_()
+    padded = torch.nn.functional.pad(short.detach(), (silent, 0)).requires_grad_()
+    return case.with_(B=short), case.with_(B=padded)
+
+
+@pytest.mark.parametrize("live_from", [4, 7, 12])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_silent_ranks_have_a_key_and_no_value(make, name, live_from, dtype):
+    options = {"live_from": live_from, "row_scale": None}
+    case = make(name, lead=(2, 11), d_in=10, d_out=14, dtype=dtype)
+    silent, padded = without_values(case, 4)
+    same(silent, **options)
+    options |= {"row_scale": scales(case), "shadow": shadow(case), "dropout": 0.2, "seed": 3}
+    for path in (naive, eager):
+        out, _, grads = silent.run(path.rank_gate, **options)
+        expected, _, expected_grads = padded.run(path.rank_gate, **options)
+        expected_grads["B"] = expected_grads["B"][:, 4:]
+        assert_close(out, expected)
+        for key, grad in grads.items():
+            assert_close(grad, expected_grads[key])
+
+
 @pytest.mark.parametrize("wanted", ["y", "x", "A", "rows", "B", "gate"])
 def test_one_gradient_alone(make, wanted):
     case = make("static" if wanted == "gate" else "sigmoid", lead=(2, 4))

@@ -50,11 +50,13 @@ def rank_gate(
         x: (…, d_in), floating; any leading shape, no tokens at all included.
         A: (r, d_in).
         rows: (r / block, d_in) of a linear router, else None.
-        B: (d_out, r).
+        B: (d_out, r), or fewer columns: the first r − B.shape[1] ranks then are silent. They have a
+            key, which enters the norm, the selection and the sums of the gate, but no value.
         epilogue: How the gates g come about.
         scale: Factor of the update.
         live_from: The first `live_from` ranks are a frozen bank: no gradient to their rows of A and
-            columns of B, but x receives what passes through them. 0 <= live_from <= r.
+            columns of B, but x receives what passes through them. 0 <= live_from <= r; silent
+            ranks lie among them.
         shadow: (A0 (w, d_in), B0 (d_out, w), δ0), subtracted and never trained; δ0 is None for the
             identity, 0-d, (w,) or (w, w). It sees x without dropout, as a part of the base would.
         row_scale: (d_out,) multiplies dL/dy on its way to A, B, rows and a static gate, not to x.
@@ -108,7 +110,12 @@ def _problems(y, x, A, rows, B, e, live_from, shadow, row_scale, dropout, mask) 
         found.append(f"x: got {x.dtype}, expected a floating dtype; embed or cast it before")
     expect("x", x, *lead, d_in)
     expect("y", y, *lead, d_out)
-    expect("B", B, d_out, r)
+    silent = r - B.shape[-1]
+    if B.dim() != 2 or not 0 <= silent <= max(live_from, 0):
+        found.append(
+            f"B: got shape {tuple(B.shape)}, expected {(d_out, r)}, or up to live_from = "
+            f"{live_from} columns fewer, for frozen ranks without a value; check sizes"
+        )
     if e.kind == "linear":
         if e.k > r or r % e.block:
             found.append(

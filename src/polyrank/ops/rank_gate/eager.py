@@ -69,12 +69,12 @@ def _delta(h: Tensor, delta: Tensor | None, *, transposed: bool) -> Tensor:
     return torch.mm(h, (delta.t() if transposed else delta).to(h.dtype))
 
 
-def _padded(grad: Tensor, live: int, dim: int) -> Tensor:
-    """Put `live` zeros before `grad` along `dim`: the gradient of the frozen ranks."""
-    if not live:
+def _padded(grad: Tensor, zeros: int, dim: int) -> Tensor:
+    """Put zeros before `grad` along `dim`: what frozen ranks get, and what silent ones give."""
+    if not zeros:
         return grad
     shape = list(grad.shape)
-    shape[dim] = live
+    shape[dim] = zeros
     return torch.cat([grad.new_zeros(shape), grad], dim)
 
 
@@ -128,7 +128,7 @@ class _RankGate(torch.autograd.Function):
             kept = closed.attend(h, e)
         else:
             h, kept = _mm(x_hat, A.to(dtype).t(), dtype, gain), (gate,)
-        q = closed.weigh(h, closed.gates(kept, e), e).to(dtype)
+        q = closed.weigh(h, closed.gates(kept, e), e)[:, r - B.shape[1] :].to(dtype)
         out = _update(y.reshape(-1, B.shape[0]), q, flat, B, (A0, B0, delta), plan)
         if plan.inplace:
             ctx.mark_dirty(y)
@@ -155,7 +155,7 @@ class _RankGate(torch.autograd.Function):
         x, A, rows, B, row_scale, A0, B0, delta, keep, h, *kept = ctx.saved_tensors
         plan, (_, to_x, to_A, to_rows, to_B, to_gate, *_) = ctx.plan, ctx.needs_input_grad
         e, dtype, r, live = plan.epilogue, x.dtype, A.shape[0], plan.live_from
-        wide = _wide(dtype)
+        wide, silent = _wide(dtype), r - B.shape[1]
         flat, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).to(dtype)
         keep, gain = (keep, 1 / (1 - plan.dropout)) if keep is not None else _keep(flat, plan)
         g = closed.gates(kept, e)
@@ -164,7 +164,7 @@ class _RankGate(torch.autograd.Function):
 
         def inner(B: Tensor) -> tuple[Tensor, Tensor]:
             """Returns u = scale · dy B and the gradient of [h, z]."""
-            u = _mm(dy2, B.to(dtype), wide, plan.scale)
+            u = _padded(_mm(dy2, B.to(dtype), wide, plan.scale), silent, 1)
             if rows is None:
                 return u, closed.back(u, h, g, q, kept, e)[0].to(dtype)
             if dtype != wide or torch.compiler.is_compiling():
@@ -178,7 +178,7 @@ class _RankGate(torch.autograd.Function):
             # (qᵀ dy)ᵀ beats dyᵀ q by more than the copy that a transposed gradient costs.
             dB = _mm(q[:, live:].to(dtype).t(), dy2, wide, plan.scale).t()
             dB = dB if row_scale is None else dB * row_scale[:, None]
-            dB = _padded(dB, live, 1).to(B.dtype)
+            dB = _padded(dB, live - silent, 1).to(B.dtype)
         if to_A or to_rows or to_gate:
             u, d = inner(B if row_scale is None else B * row_scale[:, None])
             if to_gate:

@@ -2,6 +2,7 @@
 
 y + scale · (B (g ⊙ A x̂) − B0 δ0 A0 x) with x̂ = dropout(x) and g by the epilogue; x (…, d_in),
 y (…, d_out), A (r, d_in), B (d_out, r), rows (r / block, d_in). Arithmetic in fp32, fp64 if x is.
+Columns that B lacks on the left are zeros.
 """
 
 import torch
@@ -35,6 +36,7 @@ def rank_gate(y, x, A, rows, B, epilogue, scale, live_from=0, shadow=None, row_s
     """Return (y + update, counts (r,) int64 or None); see `polyrank.ops.rank_gate.rank_gate`."""
     e, wide = epilogue, torch.promote_types(x.dtype, torch.float32)
     x, A, B, rows = (t.to(wide) for t in (x, A, B, A[:0] if rows is None else rows))
+    B = torch.nn.functional.pad(B, (len(A) - B.shape[1], 0))
     A = torch.cat([A[:live_from].detach(), A[live_from:]])
     B = torch.cat([B[:, :live_from].detach(), B[:, live_from:]], dim=1)
     x_hat = drop(x, dropout, seed) if dropout else x
@@ -42,7 +44,7 @@ def rank_gate(y, x, A, rows, B, epilogue, scale, live_from=0, shadow=None, row_s
     def update(x, A, rows, B, e):
         return (gate(h := x @ A.T, x @ rows.T, e) * h) @ B.T
 
-    out = update(x_hat, A, rows, B, e)
+    out, counts = update(x_hat, A, rows, B, e), None
     if row_scale is not None:
         theta = row_scale.to(wide) * update(x_hat.detach(), A, rows, B, e)
         out = update(x_hat, A.detach(), rows.detach(), B.detach(), e.detached())
@@ -51,7 +53,6 @@ def rank_gate(y, x, A, rows, B, epilogue, scale, live_from=0, shadow=None, row_s
         A0, B0, delta = (t if t is None else t.to(wide) for t in shadow)
         A0 = A0 if delta is None else delta @ A0 if delta.dim() == 2 else delta[..., None] * A0
         out = out - x @ A0.T @ B0.T
-    counts = None
     if count and e.kind == "linear":
         on = chosen(x_hat @ rows.T, e).repeat_interleave(e.block, dim=-1)
         counts = on[... if mask is None else mask].reshape(-1, on.shape[-1]).sum(0)
