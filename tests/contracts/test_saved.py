@@ -29,7 +29,7 @@ from polyrank.layers import (
     keep,
     replica,
 )
-from polyrank.testing import MODELS, Case
+from polyrank.testing import MODELS, Case, assert_close
 
 pytestmark = pytest.mark.usefixtures("toys")
 TOYS = Path(__file__).parent / "toys"
@@ -158,7 +158,7 @@ import torch
 from safetensors.torch import load_file
 import polyrank
 from peft import PeftModel
-from polyrank.testing import MODELS, Case
+from polyrank.testing import MODELS, Case, assert_close
 
 torch.set_num_threads(1)
 root, toys = Path(sys.argv[1]), Path(sys.argv[2])
@@ -254,8 +254,12 @@ def test_structure_loads_from_the_config_here_too(low, tmp_path):
         model.save_pretrained(folder)
         answer = toy.answer(model)
         again = PeftModel.from_pretrained(toy.tiny.build(), str(folder), low_cpu_mem_usage=low)
-        assert torch.equal(toy.answer(again.eval()), answer)
         assert not any(p.is_meta for p in again.parameters())
+        held = dict(again.named_parameters())
+        for key, value in model.named_parameters():
+            assert torch.equal(held[key], value), key
+        # A file's tensors need not be aligned, and products then round in another order.
+        assert_close(toy.answer(again.eval()), answer)
         notes = json.loads((folder / "adapter_config.json").read_text())["sites"]
         assert len(notes) == len(layers_of(model))
 
