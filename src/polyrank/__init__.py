@@ -38,6 +38,7 @@ _HOMES = {
     "attach": "polyrank.engine",
     "attach_automatically": "polyrank.engine",
     "conditioned": "polyrank.layers",
+    "export": "polyrank.io.adapters",
     "hotswap": "polyrank.layers",
     "load": "polyrank.layers",
     "load_method_file": "polyrank.frame",

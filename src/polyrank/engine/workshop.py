@@ -25,6 +25,7 @@ from polyrank.layers import (
     keep,
     redraw,
     replica,
+    saved_of,
     view,
 )
 
@@ -219,6 +220,10 @@ class TaskWorkshop(Workshop):
         keep(self.model, cast("View", layer), ranks)
 
     @property
+    def saved(self) -> Saved:
+        """Return the live adapter as a value, a copy of what would be written to disk now."""
+        return saved_of(self.model)
+
     def replay(self) -> Buffer:
         """Return the buffer of stored samples.
 

@@ -211,6 +211,9 @@ class Workshop(Protocol):
     def replay(self) -> Buffer:
         """Return the buffer of stored samples: offered at update end, drawn by key."""
 
+    def saved(self) -> Saved:
+        """Return the live adapter as a value, a copy of what would be written to disk now."""
+
     def replica(self, name: str) -> None:
         """Keep a frozen copy of the adapter under a name that `Flow.view` can show."""
 

@@ -8,6 +8,7 @@ from polyrank.layers.hosts import BlockHost, HeadHost
 from polyrank.layers.linear import AdaptedLinear
 from polyrank.layers.plugin import install
 from polyrank.layers.root import ensure_flow, hook_of
+from polyrank.layers.saved import saved_of
 from polyrank.layers.structure import absorb, append, extend, grow_head, keep, redraw, replica
 from polyrank.layers.tuner import PolyrankModel
 from polyrank.layers.verbs import adapt, conditioned, hotswap, load, merge, parameter_groups, view
@@ -42,6 +43,7 @@ __all__ = [
     "parameter_groups",
     "redraw",
     "replica",
+    "saved_of",
     "view",
 ]
 

@@ -163,6 +163,8 @@ class PolyrankModel(BaseTuner):
             layer = AdaptedLinear(base, self.flow)
             layer.update_layer(adapter_name, self._method, site, saved, self._seed)
             self._replace_module(parent, target_name, layer, target)
+        # PEFT's word for weights stored as (d_in, d_out); a plain LoRA made from this asks for it.
+        peft_config.fan_in_fan_out |= layer.transposed
         if layer.views[adapter_name].shadow is not None:
             peft_config.sites[current_key] = layer.shapes(adapter_name)
         if not peft_config.init_weights and layer.views[adapter_name].B.device.type != "meta":

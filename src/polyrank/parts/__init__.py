@@ -18,6 +18,7 @@ from polyrank.parts import (
     rules,
 )
 
+    transforms,
 __all__ = [
     "average",
     "boundaries",
@@ -35,3 +36,4 @@ __all__ = [
     "routers",
     "rules",
 ]
+    "transforms",
