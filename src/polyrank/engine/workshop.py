@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from polyrank.engine.data import TaskRows, batches
 from polyrank.engine.reading import Reader
 from polyrank.errors import ConfigError
-from polyrank.frame import Buffer, Layer, Workshop, keyed
+from polyrank.frame import Buffer, Layer, Saved, Workshop, keyed
 from polyrank.layers import (
     AdaptedLinear,
     ModelAdapter,
