@@ -162,8 +162,8 @@ class Bench:
     def logits(self, batch):
         return self.model(batch["x"])
 
-    def absorb(self):
-        absorb(self.model, seed=self.task)
+    def absorb(self, *, lossy=False, archive=False):
+        absorb(self.model, lossy=lossy, archive=archive, seed=self.task)
         self.model.to(self.dtype)
 
     def append(self, name, r):

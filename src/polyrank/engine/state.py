@@ -55,6 +55,10 @@ def restore_model(base: nn.Module, state: dict[str, Any]) -> nn.Module:
 
     install()
     kept = state["config"]
+    # First: what was absorbed decides what the adapter does on a base.
+    for path, weight in state["base"].items():
+        held = cast("Tensor", base.get_submodule(path).weight)
+        held.data = weight.to(held.device)
     config = PolyrankConfig(**{k: v for k, v in kept.items() if k != "peft_type"})
     model = cast("nn.Module", get_peft_model(cast("Any", base), config, state["adapter"]))
     own = {name: value for name, value in model.state_dict().items() if MARK in name}
@@ -69,10 +73,6 @@ def restore_model(base: nn.Module, state: dict[str, Any]) -> nn.Module:
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(tensors[name])
-        for view in adapter_of(model).layers:
-            if view.site.path in state["base"]:
-                weight = view.module.dense_weight()
-                weight.data = state["base"][view.site.path].to(weight.device)
     return model
 
 

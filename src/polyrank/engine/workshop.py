@@ -181,14 +181,15 @@ class TaskWorkshop(Workshop):
         device = next(self.model.parameters()).device
         return {key: value.to(device) for key, value in batch.items()}
 
-    def absorb(self) -> None:
+    def absorb(self, *, lossy: bool = False, archive: bool = False) -> None:
         """Add the adapter's update to the base weights and redraw it."""
-        absorb(self.model, seed=self.seed)
+        key = f"absorb-{self.task}"
+        absorb(self.model, lossy=lossy, archive=archive, seed=self.seed, key=key)
         self.absorbed = True
 
     def append(self, name: str, r: int) -> None:
         """Freeze the live ranks into the bank and give r new ones."""
-        append(self.model, r, seed=self.seed)
+        append(self.model, r, seed=self.seed, key=f"append-{self.task}")
 
     def redraw(self) -> None:
         """Write fresh starting values."""
@@ -219,11 +220,11 @@ class TaskWorkshop(Workshop):
         """Keep some live ranks of one layer, in the given order."""
         keep(self.model, cast("View", layer), ranks)
 
-    @property
     def saved(self) -> Saved:
         """Return the live adapter as a value, a copy of what would be written to disk now."""
         return saved_of(self.model)
 
+    @property
     def replay(self) -> Buffer:
         """Return the buffer of stored samples.
 

@@ -1,7 +1,7 @@
 """The contract of polyrank: what a method may say, and when it is called."""
 
 from polyrank.frame.combine import combination_problems
-from polyrank.frame.core import Core, inject
+from polyrank.frame.core import Core, Portion, inject
 from polyrank.frame.flow import Flow
 from polyrank.frame.method import SCALINGS, Method, Strategy
 from polyrank.frame.plain import Identity, KaimingZero
@@ -53,6 +53,7 @@ __all__ = [
     "Penalty",
     "PenaltyRule",
     "Phase",
+    "Portion",
     "Replay",
     "Rule",
     "Saved",

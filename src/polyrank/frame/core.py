@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from polyrank.errors import MergeError
 from polyrank.frame.flow import Flow
+
+
+class Portion(NamedTuple):
+    """The leading ranks that a forward reads.
+
+    Attributes:
+        ranks: how many rows of A and columns of B are read; nothing else is touched.
+        held: the first of them that receive no gradient, 0 <= held <= ranks; x receives all.
+        gain: multiplies the update.
+    """
+
+    ranks: int
+    held: int = 0
+    gain: float = 1.0
 
 
 class Core(nn.Module):
@@ -48,6 +62,18 @@ class Core(nn.Module):
 
     def banked(self, ranks: int) -> None:
         """Learn that `ranks` frozen ranks now stand before the live ones."""
+
+    def portion(self) -> Portion | None:
+        """Return which leading ranks are read, or None for all; `delta` speaks of all ranks."""
+        return None
+
+    def settle(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the live factors as a bank holds them, once the core has gone: B φ(A x) stays.
+
+        Called under no_grad. A core that weighs ranks the same for every token folds its weights
+        into B and drops the ranks that it silences.
+        """
+        return A, B
 
     def rows(self) -> Tensor | None:
         """Return extra rows (e, d_in) to be read in the same pass over x as A, or None."""

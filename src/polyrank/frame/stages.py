@@ -195,8 +195,12 @@ class Workshop(Protocol):
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """Return what the model answers in evaluation mode, without gradients."""
 
-    def absorb(self) -> None:
-        """Add the adapter's update to the base weights and redraw it."""
+    def absorb(self, *, lossy: bool = False, archive: bool = False) -> None:
+        """Add the adapter's update to the base weights and redraw it.
+
+        `lossy` allows a base below fp32; `archive` keeps the ranks, so that a saved adapter also
+        fits the original base.
+        """
 
     def append(self, name: str, r: int) -> None:
         """Freeze the live ranks into the bank and give r new ones."""
@@ -207,12 +211,12 @@ class Workshop(Protocol):
     def keep(self, layer: Layer, ranks: Tensor) -> None:
         """Keep some live ranks of one layer, in the given order."""
 
+    def saved(self) -> Saved:
+        """Return the live adapter as a value, a copy of what would be written to disk now."""
+
     @property
     def replay(self) -> Buffer:
         """Return the buffer of stored samples: offered at update end, drawn by key."""
-
-    def saved(self) -> Saved:
-        """Return the live adapter as a value, a copy of what would be written to disk now."""
 
     def replica(self, name: str) -> None:
         """Keep a frozen copy of the adapter under a name that `Flow.view` can show."""

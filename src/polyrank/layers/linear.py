@@ -13,8 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from polyrank.errors import ConfigError, MergeError
+from polyrank.errors import CheckpointError, ConfigError, MergeError
 from polyrank.frame import Flow, Method, Site, keyed
+from polyrank.layers.archive import holds
 from polyrank.layers.compat import check_adapters_to_merge, in_out_features
 from polyrank.layers.trainability import DeclaredTrainability
 from polyrank.layers.views import Factor, Frozen, View, wide
@@ -31,8 +32,14 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
     polyrank_bank: nn.ModuleDict
     polyrank_shadow: nn.ModuleDict
     polyrank_replica: nn.ModuleDict
+    polyrank_archive: nn.ModuleDict
     adapter_layer_names = ("polyrank_A", "polyrank_B", "polyrank_core")
-    other_param_names = ("polyrank_bank", "polyrank_shadow", "polyrank_replica")
+    other_param_names = (
+        "polyrank_bank",
+        "polyrank_shadow",
+        "polyrank_replica",
+        "polyrank_archive",
+    )
     # PEFT's helper switches it; there is no cast of the input here that it could switch off.
     cast_input_dtype_enabled = True
 
@@ -70,10 +77,18 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
         view = self.views[name] = View(self, name, method, site)
         view.scale = shapes.get("scale", view.scale)
         if bank := shapes.get("bank"):
+            values = shapes.get("bank_values", bank)
             self.polyrank_bank[name] = Frozen(
-                torch.zeros(bank, site.d_in), torch.zeros(site.d_out, bank)
+                torch.zeros(bank, site.d_in), torch.zeros(site.d_out, values)
             )
             core.banked(bank)
+        if archive := shapes.get("archive"):
+            self.polyrank_archive[name] = Frozen(
+                torch.zeros(archive, site.d_in), torch.zeros(site.d_out, archive)
+            )
+        if (found := shapes.get("witness")) is not None:
+            view.witness = dict(found)
+            self.judge(name)
         if shadow := shapes.get("shadow"):
             delta = shapes.get("shadow_delta")
             view.shadow = (
@@ -91,8 +106,15 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
         """Return what decides one adapter's shapes here beside its options, as plain values."""
         view = self.views[name]
         found: dict[str, Any] = {"r": view.site.r, "scale": view.scale}
-        if view.bank is not None:
-            found["bank"] = view.bank[0].shape[0]
+        if name in self.polyrank_bank:
+            held = cast("Frozen", self.polyrank_bank[name])
+            found["bank"] = held.A.shape[0]
+            if held.B.shape[1] != held.A.shape[0]:
+                found["bank_values"] = held.B.shape[1]
+        if view.archive is not None:
+            found["archive"] = view.archive[0].shape[0]
+        if view.witness is not None:
+            found["witness"] = view.witness
         if view.shadow is not None:
             found["shadow"] = view.shadow[0].shape[0]
             if view.shadow[2] is not None:
@@ -101,6 +123,28 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
             replicas = cast("nn.ModuleDict", self.polyrank_replica[name])
             found["replicas"] = {k: list(self.replica_of(name, k).shape) for k in sorted(replicas)}
         return found
+
+    def judge(self, name: str) -> None:
+        """Find out whether the base weight holds what one adapter absorbed; if not, it acts.
+
+        A base that is quantised or on meta cannot be asked and counts as the original one.
+
+        Raises:
+            CheckpointError: if the base is the original one and the ranks were not kept, or it is
+                neither.
+        """
+        view, path = self.views[name], self.views[name].site.path
+        known = not self.quantised() and not self.dense_weight().is_meta
+        kept = cast("dict[str, Any]", view.witness)
+        view.absorbed = known and holds(self.dense_weight(), kept, path)
+        if not view.absorbed and view.archive is None:
+            raise CheckpointError(
+                f"base weight at {path}: updates were absorbed into the base of this adapter and "
+                "not archived, and this is the base before; load the changed base, or train with "
+                "archive=True"
+            )
+        if view.archive is not None:
+            view.core.banked(0 if view.bank is None else view.bank[0].shape[0])
 
     def fill(self, name: str, seed: int, *key: int | str) -> None:
         """Write the starting values of one adapter, keyed by (seed, adapter, path)."""

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from polyrank.errors import ConfigError, MergeError
-from polyrank.frame import Core, Flow, Head, Site, keyed
+from polyrank.frame import Core, Head, Site, keyed
 from polyrank.layers.adapter import adapter_of
+from polyrank.layers.archive import archived, settled, witness
 from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.hosts import HeadHost
 from polyrank.layers.linear import AdaptedLinear
@@ -71,9 +72,16 @@ def grow_head(
 
 
 def append(
-    model: nn.Module, r: int | None = None, *, adapter: str | None = None, seed: int = 0
+    model: nn.Module,
+    r: int | None = None,
+    *,
+    adapter: str | None = None,
+    seed: int = 0,
+    key: str = "append",
 ) -> None:
     """Freeze the live ranks into the bank and give every layer r fresh ones (None: as many).
+
+    The new starting values are keyed by (seed, adapter, path, key, ranks in the bank).
 
     Raises:
         ConfigError: if a core cannot stand behind a bank, before anything changes.
@@ -82,18 +90,24 @@ def append(
     if problems := [p for view in found.layers for p in _append_problems(view)][:1]:
         raise ConfigError(problems)
     for view in found.layers:
-        A, B, _, _ = view.factors(Flow())
-        site = _resized(view, view.A.shape[0] if r is None else r)
+        parts = [part for part in (view.bank, settled(view)) if part is not None]
+        A = torch.cat([part.detach() for part, _ in parts])
+        B = torch.cat([part.detach() for _, part in parts], dim=1)
+        site = _resized(view, view.site.r if r is None else r)
         core = view.method.core(site)
         core.banked(A.shape[0])
         with _rebuilt(view):
             layer, name = view.module, view.name
-            layer.polyrank_bank[name] = Frozen(A.detach().clone(), B.detach().clone())
+            if view.archive is not None and not view.absorbed:
+                # It acted as a part of the bank, and is one now.
+                layer.forget(name, ("polyrank_archive",))
+                view.witness = None
+            layer.polyrank_bank[name] = Frozen(A.clone(), B.clone())
             view.site = site
             layer.polyrank_A[name] = Factor(core.widths[0], site.d_in)
             layer.polyrank_B[name] = Factor(site.d_out, core.widths[1])
             layer.polyrank_core[name] = core
-        layer.fill(name, seed, "append", A.shape[0])
+        layer.fill(name, seed, key, A.shape[0])
         _note(model, view)
 
 
@@ -128,16 +142,27 @@ def redraw(
 
 
 def absorb(
-    model: nn.Module, *, adapter: str | None = None, lossy: bool = False, seed: int = 0
+    model: nn.Module,
+    *,
+    adapter: str | None = None,
+    lossy: bool = False,
+    archive: bool = False,
+    seed: int = 0,
+    key: str = "absorb",
 ) -> None:
     """Add the adapter's update to the base weights and redraw it; bank, shadow and replicas end.
+
+    A saved adapter remembers a few entries of the changed weights. With an archive it also works on
+    the original base, where the absorbed ranks act as a bank; without one it refuses that base.
 
     Args:
         model: a PEFT model with a polyrank adapter.
         adapter: its name; None is the active one.
         lossy: go on although the base is stored below fp32, where a part of every update is
             rounded away.
+        archive: keep the absorbed ranks with the adapter, r (d_in + d_out) weights a layer.
         seed: key of the new starting values.
+        key: word that makes these starting values differ from others of the same seed.
 
     Raises:
         MergeError: if the update depends on the token, the base is quantised, or rounding would
@@ -147,6 +172,11 @@ def absorb(
     if any(found.name in view.module.merged_adapters for view in found.layers):
         raise MergeError(
             f"absorb: adapter {found.name!r} is merged already; call unmerge_adapter() first"
+        )
+    if archive and any(view.core.base_gain() is not None for view in found.layers):
+        raise ConfigError(
+            "absorb: a core that scales the base output is no product of factors and cannot be "
+            "archived; pass archive=False"
         )
     updates: list[tuple[AdaptedLinear, Tensor]] = []
     lost = total = 0.0
@@ -168,17 +198,20 @@ def absorb(
             f"update; "
             "use a frozen bank (append), load the base in fp32, or pass lossy=True"
         )
-    for layer, merged in updates:
-        layer.dense_weight().data = merged
-    for view in found.layers:
+    for view, (layer, merged) in zip(found.layers, updates, strict=True):
         had_bank = view.bank is not None
-        view.module.forget(view.name, view.module.other_param_names)
+        held = Frozen(*archived(view)) if archive else None
+        view.witness = witness(layer.dense_weight(), merged, view.witness)
+        layer.dense_weight().data = merged
+        layer.forget(view.name, layer.other_param_names)
+        view.absorbed = True
+        if held is not None:
+            layer.polyrank_archive[view.name] = held
         if had_bank:
             with _rebuilt(view):
-                view.module.polyrank_core[view.name] = view.method.core(view.site)
-        if view.site.path in config_of(model, view.name).sites:
-            _note(model, view)
-    redraw(model, adapter=found.name, seed=seed, key="absorb")
+                layer.polyrank_core[view.name] = view.method.core(view.site)
+        _note(model, view)
+    redraw(model, adapter=found.name, seed=seed, key=key)
 
 
 def keep(model: nn.Module, view: View, ranks: Tensor) -> None:
@@ -213,7 +246,7 @@ def keep(model: nn.Module, view: View, ranks: Tensor) -> None:
         fresh.banked(view.bank[0].shape[0])
     values = {key: _picked(core, key, param, ranks) for key, param in core.named_parameters()}
     with torch.no_grad(), _rebuilt(view):
-        A, B = view.A[ranks].clone(), view.B[:, ranks].clone()
+        A, B = view.A.index_select(0, ranks), view.B.index_select(1, ranks)
         for key, param in fresh.named_parameters():
             param.data = values[key]
         view.site = site

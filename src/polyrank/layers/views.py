@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,9 @@ class View(Layer):
         self.scale = method.scale(site)
         self.row_scale: Tensor | None = None
         self.seed = seed_of("dropout", site.path, name)
+        # Of updates absorbed into the base: how to know that base again, and whether it is here.
+        self.witness: dict[str, Any] | None = None
+        self.absorbed = False
 
     @property
     def A(self) -> nn.Parameter:  # type: ignore[override]
@@ -84,11 +87,28 @@ class View(Layer):
 
     @property
     def bank(self) -> tuple[Tensor, Tensor] | None:  # type: ignore[override]
-        """Frozen ranks before the live ones."""
-        if self.name not in self.module.polyrank_bank:
+        """Frozen ranks before the live ones; an archive that the base weight lacks among them."""
+        found = [self.archive] if self.archive is not None and not self.absorbed else []
+        if self.name in self.module.polyrank_bank:
+            held = cast("Frozen", self.module.polyrank_bank[self.name])
+            found.append((held.A, held.B))
+        if len(found) < 2:
+            return found[0] if found else None
+        (A, B), (more_A, more_B) = found
+        return torch.cat([A, more_A]), torch.cat([B, more_B], dim=1)
+
+    @property
+    def archive(self) -> tuple[Tensor, Tensor] | None:
+        """Ranks that were absorbed into the base weight of training."""
+        if self.name not in self.module.polyrank_archive:
             return None
-        held = cast("Frozen", self.module.polyrank_bank[self.name])
+        held = cast("Frozen", self.module.polyrank_archive[self.name])
         return held.A, held.B
+
+    @property
+    def dormant(self) -> tuple[Tensor, Tensor] | None:
+        """The archive where the base weight holds it, so that it must not act."""
+        return self.archive if self.absorbed else None
 
     @property
     def shadow(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -138,6 +158,11 @@ class View(Layer):
     def add(self, y: Tensor, x: Tensor, flow: Flow) -> Tensor:
         """Return y plus this adapter's update for the input x."""
         A, B, core, live_from = self.factors(flow)
+        scale = self.scale
+        if (portion := core.portion()) is not None:
+            # Slices, so that what is left out costs nothing and cannot spoil anything.
+            A, B = A[: portion.ranks], B[:, : portion.ranks]
+            live_from, scale = max(live_from, portion.held), scale * portion.gain
         if (gain := core.base_gain()) is not None:
             bias = self.module.base_bias()
             y = gain * y if bias is None else gain * (y - bias) + bias
@@ -147,7 +172,7 @@ class View(Layer):
         if core.epilogue != "python":
             count = core.counting and flow.live(core.training)
             y, counts = rank_gate(
-                y, x, A, core.rows(), B, core.fused(), self.scale, live_from, self.shadow,
+                y, x, A, core.rows(), B, core.fused(), scale, live_from, self.shadow,
                 self.row_scale, dropout, seed, mask, count=count,
             )  # fmt: skip
             if counts is not None:
@@ -174,7 +199,7 @@ class View(Layer):
                 h0 = F.linear(x, A0.to(x.dtype))
                 h0 = h0 if delta is None else _through(delta.to(h0.dtype), h0)
                 update = update - F.linear(h0, B0.to(h0.dtype))
-            return y + update.to(y.dtype) * self.scale
+            return y + update.to(y.dtype) * scale
 
     def delta(self, condition: Tensor | None = None) -> Tensor:
         """Return the dense update (d_out, d_in) in fp32, in fp64 if the factors are.

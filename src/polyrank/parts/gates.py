@@ -1,0 +1,221 @@
+"""Static gates: one trained weight per rank, shrunk towards zero until ranks fall away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from polyrank.errors import ConfigError, RunError
+from polyrank.frame import ORDER, Adapter, Core, Flow, Layer, Rule, Step, Workshop
+from polyrank.ops.rank_gate import Epilogue
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+FORMS = ("soft", "released")
+STARTS = ("normal", "ones")
+
+
+class StaticGate(Core):
+    """φ(h) = g ⊙ h with one weight a rank, the same for every token; merges exactly.
+
+    Ranks of a bank pass unweighed: theirs was folded into the bank when they were frozen.
+
+    Args:
+        r: live ranks.
+        start: "normal", g ~ N(0, 1), or "ones".
+    """
+
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"gate": ("rank",)}
+    epilogue = "static"
+    gates = frozenset({"gate"})
+
+    def __init__(self, r: int, *, start: str = "normal") -> None:
+        super().__init__()
+        self.widths, self.start, self.bank = (r, r), start, 0
+        self.gate = nn.Parameter(torch.empty(r))
+
+    def banked(self, ranks: int) -> None:
+        """Weigh frozen ranks by one."""
+        self.bank = ranks
+
+    def settle(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (A, B diag(g)) of the ranks whose gate is not zero."""
+        kept = self.gate != 0
+        return A[kept], (B * self.gate.to(B.dtype))[:, kept]
+
+    def fill(self, rng: torch.Generator) -> None:
+        """Draw the gates."""
+        if self.start == "ones":
+            self.gate.fill_(1.0)
+        else:
+            self.gate.copy_(torch.empty(self.gate.shape).normal_(generator=rng))
+
+    def _all(self) -> Tensor:
+        if not self.bank:
+            return self.gate
+        return torch.cat([self.gate.new_ones(self.bank), self.gate])
+
+    def fused(self) -> Epilogue:
+        """Return the operator's form."""
+        return Epilogue(kind="static", gate=self._all())
+
+    def forward(self, h: Tensor, z: Tensor | None, flow: Flow) -> Tensor:
+        """Return g ⊙ h."""
+        return self._all().to(h.dtype) * h
+
+    def delta(self, condition: Tensor | None = None) -> Tensor:
+        """Return diag(g), ones for the bank."""
+        return torch.diag(self._all())
+
+
+def shrink(v: Tensor, threshold: float, form: str = "soft") -> Tensor:
+    """Return T_κ(v): each value moved towards zero by κ, and zero where it would pass it.
+
+    "soft" is the proximal map of κ |v|: sign(v) max(|v| − κ, 0). "released" is what the code of
+    SoRA and of CoDyRA does: 0 where |v| < 2 κ, except at |v| = κ, which stays; sign(v) (|v| − κ)
+    from there on. Both are odd and never change a sign; only "soft" is a contraction.
+
+    Args:
+        v: any shape, fp32 or fp64.
+        threshold: κ >= 0; 0 is the identity.
+        form: "soft" or "released".
+    """
+    if threshold == 0:
+        return v.clone()
+    size = v.abs()
+    if form == "soft":
+        moved = (size - threshold).clamp_min(0)
+        return torch.where(moved > 0, moved.copysign(v), torch.zeros_like(v))
+    # As three statements in a row, since rounding decides which values meet the bounds.
+    moved = torch.where(size > threshold, size - threshold, size)
+    return torch.where(moved < threshold, torch.zeros_like(v), moved.copysign(v))
+
+
+def static_gates(adapter: Adapter) -> list[tuple[Layer, nn.Parameter]]:
+    """Return the layers that have a static gate, each with it."""
+    return [(v, v.core.gate) for v in adapter.layers if isinstance(v.core, StaticGate)]
+
+
+def kept_ranks(adapter: Adapter) -> dict[str, int]:
+    """Return how many gates of each layer are not zero, by site path."""
+    gates = static_gates(adapter)
+    if not gates:
+        return {}
+    # One transfer for the whole model.
+    counts = torch.stack([(gate.detach() != 0).sum() for _, gate in gates]).tolist()
+    return {layer.site.path: count for (layer, _), count in zip(gates, counts, strict=True)}
+
+
+class FlatGates:
+    """All gates of an adapter as one flat fp32 vector, so that one kernel serves the whole model.
+
+    The parameters become views of it for a phase. Moving or copying a model cuts the views; then
+    they are bound anew at the next use.
+
+    Args:
+        adapter: with static gates in all or some layers.
+
+    Raises:
+        ConfigError: if there are none, or they are not fp32 or fp64.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.params = [gate for _, gate in static_gates(adapter)]
+        self.paths = [layer.site.path for layer, _ in static_gates(adapter)]
+        if not self.params:
+            raise ConfigError("gates: the adapter has no static gate to shrink; use another method")
+        half = {p.dtype for p in self.params} - {torch.float32, torch.float64}
+        if half:
+            raise ConfigError(
+                f"gates: got {', '.join(map(str, half))}, expected float32 or float64: below, a "
+                "threshold of 1e-3 is lost in rounding and gates never shrink; keep adapters in "
+                "fp32 (autocast_adapter_dtype=True)"
+            )
+        self._bind()
+
+    def _bind(self) -> None:
+        with torch.no_grad():
+            self.flat = torch.cat([p.detach().reshape(-1) for p in self.params])
+            for param, part in zip(self.params, self._parts(), strict=True):
+                param.data = part
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.flat.split([p.numel() for p in self.params])
+
+    def vector(self) -> Tensor:
+        """Return the flat vector; writing into it writes the gates."""
+        bound = all(
+            param.data_ptr() == part.data_ptr()
+            for param, part in zip(self.params, self._parts(), strict=True)
+        )
+        if not bound:
+            self._bind()
+        return self.flat
+
+    def check_finite(self) -> None:
+        """Refuse gates that are not finite: a NaN compares false and would stay for good.
+
+        Raises:
+            RunError: naming the first layer.
+        """
+        if bool(self.vector().isfinite().all()):
+            return
+        bad = [
+            path
+            for path, p in zip(self.paths, self.params, strict=True)
+            if not p.detach().isfinite().all()
+        ]
+        raise RunError(
+            f"gates: {len(bad)} layers hold NaN or infinity ({bad[0]} is the first); lower the "
+            "learning rate, or clip gradients harder"
+        )
+
+
+class Shrinkage(Rule):
+    """After every real update each gate takes one proximal step, g ← T_κ(g).
+
+    Gates that are zero still receive gradients and can come back.
+
+    Args:
+        threshold: κ of an update, from its `Step`.
+        form: "soft" or "released", see `shrink`.
+    """
+
+    order = ORDER["prox"]
+    touches = frozenset({"param"})
+
+    def __init__(self, threshold: Callable[[Step], float], form: str = "soft") -> None:
+        self.threshold, self.form = threshold, form
+
+    def bind(self, adapter: Adapter, optimizer: Optimizer, workshop: Workshop | None) -> None:
+        """Gather the gates, and see that the optimiser owns each of them once and undecayed.
+
+        Raises:
+            ConfigError: if it does not.
+        """
+        self.gates = FlatGates(adapter)
+        owned = [
+            (id(p), group.get("weight_decay", 0.0))
+            for group in optimizer.param_groups
+            for p in group["params"]
+        ]
+        for path, param in zip(self.gates.paths, self.gates.params, strict=True):
+            decays = [decay for number, decay in owned if number == id(param)]
+            if len(decays) != 1 or decays[0]:
+                raise ConfigError(
+                    f"gate of {path}: stands in {len(decays)} groups of the optimiser, with weight "
+                    f"decay {max(decays, default=0)}, expected one without decay; build it from "
+                    "polyrank.parameter_groups(model, lr=...)"
+                )
+
+    @torch.no_grad()
+    def after(self, step: Step) -> None:
+        """Shrink all gates by the update's threshold."""
+        threshold = self.threshold(step)
+        if threshold > 0:
+            flat = self.gates.vector()
+            flat.copy_(shrink(flat, threshold, self.form))
