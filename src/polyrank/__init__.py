@@ -44,6 +44,7 @@ _HOMES = {
     "load_method_file": "polyrank.frame",
     "merge": "polyrank.layers",
     "method": "polyrank.frame",
+    "optimizer": "polyrank.parts.optimizer",
     "parameter_groups": "polyrank.layers",
     "register": "polyrank.frame",
     "run": "polyrank.engine",

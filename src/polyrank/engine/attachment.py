@@ -88,7 +88,8 @@ class Attachment:
         if strange := sorted({group.update for group in found} - served):
             yield (
                 f"optimizer: {self.adapter.method.name!r} asks for the updates {strange}, which "
-                f"{type(self.optimizer).__name__} does not serve; use the method's own optimiser"
+                f"{type(self.optimizer).__name__} does not serve; build it with "
+                "polyrank.optimizer(model, lr=...)"
             )
         # A scheduler may have set the rate to zero for its first step.
         rates = [

@@ -14,6 +14,7 @@ from polyrank.engine.attachment import Attachment, attach, root_of
 from polyrank.errors import ConfigError
 from polyrank.frame import Flow, Strategy
 from polyrank.layers import adapter_of, ensure_flow, parameter_groups
+from polyrank.parts.optimizer import build_optimizer
 
 if TYPE_CHECKING:
     _Base = _Trainer
@@ -85,7 +86,7 @@ class TrainerMixin(_Base):
             plain = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
             if plain and not OWN_GROUPS & options.keys():
                 groups = parameter_groups(inner, self.args.learning_rate, self.args.weight_decay)
-                self.optimizer = kind(groups, **options)
+                self.optimizer = build_optimizer(groups, kind, options)
         # Keeps what is there; what it builds itself is looked through by attach.
         inherited()
         self._attach()

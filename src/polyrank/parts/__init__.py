@@ -9,16 +9,18 @@ from polyrank.parts import (
     cores,
     distil,
     fisher,
+    gates,
     inits,
     losses,
     memory,
     mixtures,
+    optimizer,
     per_sample,
     routers,
     rules,
+    transforms,
 )
 
-    transforms,
 __all__ = [
     "average",
     "boundaries",
@@ -28,12 +30,14 @@ __all__ = [
     "cores",
     "distil",
     "fisher",
+    "gates",
     "inits",
     "losses",
     "memory",
     "mixtures",
+    "optimizer",
     "per_sample",
     "routers",
     "rules",
-]
     "transforms",
+]

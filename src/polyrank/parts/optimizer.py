@@ -1,0 +1,150 @@
+"""One torch optimiser whose groups may follow different update rules.
+
+Schedulers, clipping, loss scalers and hooks see an ordinary optimiser; a group's `update` says who
+moves its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from polyrank.errors import ConfigError, nearest
+from polyrank.layers import parameter_groups
+
+# "adamw" is the optimiser that the run itself chose, whatever it is.
+DEFAULT = "adamw"
+UPDATES: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD}
+
+
+def register_update(name: str) -> Callable[[type[Optimizer]], type[Optimizer]]:
+    """Make an optimiser class serve the groups with `update=name`.
+
+    The class takes the groups alone, `cls(groups)`: everything else stands in the groups.
+
+    Raises:
+        ValueError: if another class has the name.
+    """
+
+    def add(cls: type[Optimizer]) -> type[Optimizer]:
+        if name == DEFAULT or UPDATES.setdefault(name, cls) is not cls:
+            raise ValueError(f"update {name!r} is taken already; choose another name")
+        return cls
+
+    return add
+
+
+class GroupedOptimizer(Optimizer):
+    """Hands each group to the optimiser that its `update` names; all state is kept in one place.
+
+    Args:
+        groups: as `polyrank.parameter_groups` gives them.
+        kind: class for the groups with update "adamw", the run's own choice.
+        options: arguments of `kind`, betas and so on.
+
+    Raises:
+        ConfigError: for an update that nobody serves.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], kind: type[Optimizer], options: dict[str, Any]
+    ) -> None:
+        groups = list(groups)
+        known = {DEFAULT, *UPDATES}
+        strange = sorted({g.get("update", DEFAULT) for g in groups} - known)
+        if strange:
+            raise ConfigError(
+                f"update: got {strange[0]!r}, expected one of {', '.join(sorted(known))};"
+                f"{nearest(strange[0], known) or ' register_update makes a class serve it'}"
+            )
+        self.parts: dict[str, Optimizer] = {}
+        super().__init__(groups, {})
+        for name in dict.fromkeys(g.get("update", DEFAULT) for g in groups):
+            own = [g for g in self.param_groups if g.get("update", DEFAULT) == name]
+            made: Callable[..., Optimizer] = kind if name == DEFAULT else UPDATES[name]
+            # The groups themselves, so that a rate set here is the rate that is used there.
+            self.parts[name] = made(own, **(options if name == DEFAULT else {}))
+        self._link()
+
+    @property
+    def updates(self) -> frozenset[str]:
+        """The update rules that groups may ask for."""
+        return frozenset({DEFAULT, *UPDATES})
+
+    def _link(self) -> None:
+        """Share groups and state with the optimisers that do the work."""
+        for name, part in self.parts.items():
+            part.param_groups = [g for g in self.param_groups if g.get("update", DEFAULT) == name]
+            part.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        super().load_state_dict(state_dict)
+        self._link()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, served by what their `update` names."""
+        name = param_group.get("update", DEFAULT)
+        super().add_param_group(param_group)
+        if self.parts:
+            if name not in self.parts:
+                raise ConfigError(
+                    f"update: {name!r} came after the optimiser was made; build it anew with "
+                    "polyrank.optimizer(model, lr=...)"
+                )
+            for key, value in self.parts[name].defaults.items():
+                self.param_groups[-1].setdefault(key, value)
+            self._link()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Let every part move its parameters."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts.values():
+            # Past the hooks of all optimisers: what attaches itself to steps has seen this one.
+            step = type(part).step
+            getattr(step, "__wrapped__", step)(part)
+        return loss
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], kind: type[Optimizer], options: dict[str, Any]
+) -> Optimizer:
+    """Return `kind` over the groups, or a `GroupedOptimizer` if some ask for another update."""
+    if all(group.get("update", DEFAULT) == DEFAULT for group in groups):
+        made: Callable[..., Optimizer] = kind
+        return made(groups, **options)
+    return GroupedOptimizer(groups, kind, options)
+
+
+def optimizer(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    *,
+    kind: type[Optimizer] = torch.optim.AdamW,
+    adapter: str | None = None,
+    **options: Any,
+) -> Optimizer:
+    """Return the optimiser that a method needs, over `polyrank.parameter_groups`.
+
+    Args:
+        model: the adapted model.
+        lr: rate that the method's groups multiply.
+        weight_decay: for factors; gates are never decayed.
+        kind: the optimiser of all groups that ask for no update of their own.
+        adapter: its name; None is the active one.
+        **options: of `kind`, betas and so on.
+
+    >>> optimizer = polyrank.optimizer(model, lr=1e-4)  # doctest: +SKIP
+    >>> attached = polyrank.attach(optimizer, model)  # doctest: +SKIP
+    """
+    groups = parameter_groups(model, lr, weight_decay, adapter=adapter)
+    return build_optimizer(groups, kind, options)
