@@ -181,14 +181,15 @@ class TaskWorkshop(Workshop):
         device = next(self.model.parameters()).device
         return {key: value.to(device) for key, value in batch.items()}
 
-    def absorb(self) -> None:
+    def absorb(self, *, lossy: bool = False, archive: bool = False) -> None:
         """Add the adapter's update to the base weights and redraw it."""
-        absorb(self.model, seed=self.seed)
+        key = f"absorb-{self.task}"
+        absorb(self.model, lossy=lossy, archive=archive, seed=self.seed, key=key)
         self.absorbed = True
 
     def append(self, name: str, r: int) -> None:
         """Freeze the live ranks into the bank and give r new ones."""
-        append(self.model, r, seed=self.seed)
+        append(self.model, r, seed=self.seed, key=f"append-{self.task}")
 
     def redraw(self) -> None:
         """Write fresh starting values."""

@@ -195,8 +195,12 @@ class Workshop(Protocol):
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """Return what the model answers in evaluation mode, without gradients."""
 
-    def absorb(self) -> None:
-        """Add the adapter's update to the base weights and redraw it."""
+    def absorb(self, *, lossy: bool = False, archive: bool = False) -> None:
+        """Add the adapter's update to the base weights and redraw it.
+
+        `lossy` allows a base below fp32; `archive` keeps the ranks, so that a saved adapter also
+        fits the original base.
+        """
 
     def append(self, name: str, r: int) -> None:
         """Freeze the live ranks into the bank and give r new ones."""
