@@ -14,7 +14,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from polyrank.cli import compare, doctor, methods, new_method, report, resume, run, streams, sweep
+from polyrank.cli import (
+    compare,
+    doctor,
+    export,
+    methods,
+    new_method,
+    report,
+    resume,
+    run,
+    streams,
+    sweep,
+)
 from polyrank.cli.values import TYPED, spread
 from polyrank.errors import ConfigError, PolyrankError
 
@@ -44,7 +55,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for module in (run, resume, sweep, methods, streams, report, compare, new_method, doctor):
+for module in (run, resume, sweep, methods, streams, report, compare, export, new_method, doctor):
     word = module.__name__.rpartition(".")[2].replace("_", "-")
     app.command(word, help=module.HELP)(module.command)
 
