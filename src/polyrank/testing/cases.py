@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from polyrank.engine.attachment import attach
 from polyrank.errors import ConfigError
 from polyrank.frame import Method, get, names
-from polyrank.layers import adapt, conditioned, parameter_groups
+from polyrank.layers import adapt, conditioned
+from polyrank.parts.optimizer import optimizer
 from polyrank.testing.models import BATCH, MODELS, Tiny
 
 Condition = Callable[[Method], Tensor]
@@ -112,15 +113,15 @@ class Case:
             lr: rate.
             extra: further parameters, for tests that want to see whether anything else moves.
         """
-        optimizer = torch.optim.AdamW(parameter_groups(model, lr=lr, weight_decay=0.01))
+        made = optimizer(model, lr, weight_decay=0.01)
         others = list(extra)
         second = torch.optim.SGD(others, lr=lr) if others else None
-        attachment = attach(optimizer, model, total=steps)
+        attachment = attach(made, model, total=steps)
         model.train()
         try:
             for step in range(steps):
                 self.loss(model, seed=step).backward()
-                optimizer.step()
+                made.step()
                 if second is not None:
                     second.step()
                 model.zero_grad(set_to_none=True)
