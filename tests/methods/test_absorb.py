@@ -45,3 +45,15 @@ def test_the_last_task_of_a_bfloat16_base_is_refused_before_it_is_rounded(bench)
         work.end()
     for layer, base in zip(work.adapter.layers, before, strict=True):
         assert torch.equal(layer.module.get_base_layer().weight, base)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_absorbed_ranks_are_kept_if_asked_for(bench, archive):
+    strategy = pr.method("absorb", archive=archive)
+    work = bench()
+    for task in range(2):
+        work.begin(task, strategy.boundary())
+        work.nudge()
+        work.end()
+    ranks = [0 if v.archive is None else len(v.archive[0]) for v in work.adapter.layers]
+    assert ranks == [2 * v.site.r if archive else 0 for v in work.adapter.layers]

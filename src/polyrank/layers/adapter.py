@@ -79,8 +79,12 @@ class ModelAdapter(Adapter):
         for view in self.layers:
             held = view.module.replica_of(self.name, replica)
             first = held.shape[1]
-            core = [] if held.core is None else list(held.core.parameters())
-            mine = {"A": [held.A[first:]], "B": [held.B[:, first:]], "core": core}
+            core: list[Tensor] = [] if held.core is None else list(held.core.parameters())
+            mine: dict[str, list[Tensor]] = {
+                "A": [held.A[first:]],
+                "B": [held.B[:, first:]],
+                "core": core,
+            }
             live = view.parameters()
             live_core = [p for p in view.core.parameters() if "core" in live]
             live = {**live, **({"core": live_core} if "core" in live else {})}

@@ -22,7 +22,7 @@ class _Host(nn.Module, DeclaredTrainability):
     """Shared by hosts: one ModuleDict of owned modules, trained as far as roles allow."""
 
     held: str
-    other_param_names = ()
+    other_param_names: tuple[str, ...] = ()
     cast_input_dtype_enabled = True
 
     def __init__(self) -> None:

@@ -21,7 +21,6 @@ from polyrank.layers.adapter import adapter_of
 from polyrank.layers.archive import archived, settled, witness
 from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.hosts import HeadHost
-from polyrank.layers.linear import AdaptedLinear
 from polyrank.layers.views import Factor, Frozen, View, wide
 
 
@@ -178,31 +177,12 @@ def absorb(
             "absorb: a core that scales the base output is no product of factors and cannot be "
             "archived; pass archive=False"
         )
-    updates: list[tuple[AdaptedLinear, Tensor]] = []
-    lost = total = 0.0
-    for view in found.layers:
-        delta = view.delta()
-        weight = view.module.dense_weight()
-        delta = delta.T if view.module.transposed else delta
-        merged = (wide(weight.detach()) + delta).to(weight.dtype)
-        lost += float((wide(merged) - wide(weight.detach()) - delta).square().sum())
-        total += float(delta.square().sum())
-        updates.append((view.module, merged))
-    share = (lost / total) ** 0.5 if total else 0.0
-    below = any(
-        layer.dense_weight().dtype in (torch.bfloat16, torch.float16) for layer, _ in updates
-    )
-    if below and not lossy:
-        raise MergeError(
-            f"absorb: the base is stored below fp32, and rounding would lose {share:.1%} of the "
-            f"update; "
-            "use a frozen bank (append), load the base in fp32, or pass lossy=True"
-        )
-    for view, (layer, merged) in zip(found.layers, updates, strict=True):
-        had_bank = view.bank is not None
+    merged = _absorbed(found.layers, lossy)
+    for view, weight in zip(found.layers, merged, strict=True):
+        layer, had_bank = view.module, view.bank is not None
         held = Frozen(*archived(view)) if archive else None
-        view.witness = witness(layer.dense_weight(), merged, view.witness)
-        layer.dense_weight().data = merged
+        view.witness = witness(layer.dense_weight(), weight, view.witness)
+        layer.dense_weight().data = weight
         layer.forget(view.name, layer.other_param_names)
         view.absorbed = True
         if held is not None:
@@ -212,6 +192,26 @@ def absorb(
                 layer.polyrank_core[view.name] = view.method.core(view.site)
         _note(model, view)
     redraw(model, adapter=found.name, seed=seed, key=key)
+
+
+def _absorbed(views: Sequence[View], lossy: bool) -> list[Tensor]:
+    """Return the base weights with the updates of the views; refuse to lose a part of them."""
+    found: list[Tensor] = []
+    lost = total = 0.0
+    for view in views:
+        delta, weight = view.delta(), view.module.dense_weight().detach()
+        delta = delta.T if view.module.transposed else delta
+        found.append((wide(weight) + delta).to(weight.dtype))
+        lost += float((wide(found[-1]) - wide(weight) - delta).square().sum())
+        total += float(delta.square().sum())
+    share = (lost / total) ** 0.5 if total else 0.0
+    below = any(weight.dtype in (torch.bfloat16, torch.float16) for weight in found)
+    if below and not lossy:
+        raise MergeError(
+            f"absorb: the base is stored below fp32, and rounding would lose {share:.1%} of the "
+            "update; use a frozen bank (append), load the base in fp32, or pass lossy=True"
+        )
+    return found
 
 
 def keep(model: nn.Module, view: View, ranks: Tensor) -> None:
