@@ -33,3 +33,11 @@ def arguments(cls: Any) -> dict[str, str]:
             elif key and line.strip():
                 found[key] += " " + line.strip()
     return found
+
+
+def presets(cls: Any) -> list[str]:
+    """Return one line for every named set of options."""
+    return [
+        f"preset={word}: " + " ".join(f"{key}={value}" for key, value in options.items())
+        for word, options in cls.presets.items()
+    ]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from polyrank.cli.conflicts import show
-from polyrank.cli.facts import arguments, merging, summary
+from polyrank.cli.facts import arguments, merging, presets, summary
 
 HELP = """List all methods, or show one with its options, formula, source and capabilities.
 
@@ -69,6 +69,8 @@ def _show(console: Console, cls: Any) -> None:
         table.add_row(spec.name, repr(spec.default), meanings.get(spec.name, ""))
     if fields(cls):
         console.print(table)
+    for line in presets(cls):
+        console.print(line, markup=False)
     if cls.kind == "method":
         sample = cls.samples()[0]
         console.print(

@@ -44,6 +44,9 @@ class _Slots:
             "replay" …
         choices: the values that an option may take, by option.
         least: the smallest value that an option may take, by option.
+        presets: named sets of options, such as those of a published experiment, asked for by
+            `method(name, preset=word)`; options given beside it win, and those of the result are
+            complete, so that nothing saved depends on a preset.
     """
 
     name: ClassVar[str] = ""
@@ -54,6 +57,7 @@ class _Slots:
     needs: frozenset[str] = frozenset()
     choices: ClassVar[Mapping[str, Sequence[str]]] = {}
     least: ClassVar[Mapping[str, float]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def problems(self) -> Iterator[str]:
         """Yield one sentence per wrong option: what, got, expected, what to do."""

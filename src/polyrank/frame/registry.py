@@ -89,12 +89,15 @@ def get(name: str) -> Entry:
 def method(name: str, /, **options: Any) -> Any:
     """Build a method or strategy from its name and options, checking all of them at once.
 
+    `preset` names a set of options that the class keeps; what is given beside it wins.
+
     Raises:
         ConfigError: naming every unknown option and every value out of range.
     """
     cls = get(name)
     known = {spec.name: spec for spec in fields(cls)}
-    problems = [
+    options, problems = _preset(cls, options)
+    problems += [
         f"{cls.name}: unknown option {key!r}, expected one of {', '.join(known)};"
         f"{nearest(key, known)}"
         for key in options
@@ -111,6 +114,18 @@ def method(name: str, /, **options: Any) -> Any:
         if not problems:
             return made
     raise ConfigError(problems)
+
+
+def _preset(cls: Entry, options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the options with those of a preset below them, and what is wrong with it."""
+    word, rest = options.get("preset"), {k: v for k, v in options.items() if k != "preset"}
+    if word is None:
+        return rest, []
+    if isinstance(word, str) and word in cls.presets:
+        return {**cls.presets[word], **rest}, []
+    expected = f"one of {', '.join(cls.presets)};" if cls.presets else "none: it has no presets;"
+    guess = nearest(str(word), cls.presets) or " leave it out and give the options"
+    return rest, [f"{cls.name}: preset: got {word!r}, expected {expected}{guess}"]
 
 
 def load_file(path: str | Path) -> Entry:
