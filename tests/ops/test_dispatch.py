@@ -36,7 +36,8 @@ def test_the_environment_picks_the_path(make, monkeypatch, path, module):
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("triton", "no kernel.*unset it"), ("egaer", "did you mean 'eager'")]
+    ("path", "message"),
+    [("triton", "POLYRANK_OPS: got 'triton', but .*unset it"), ("egaer", "did you mean 'eager'")],
 )
 def test_a_forced_path_that_cannot_run_raises(make, monkeypatch, path, message):
     monkeypatch.setenv("POLYRANK_OPS", path)

@@ -5,6 +5,8 @@ picks one: auto (default), naive, eager or triton; a forced path that cannot run
 """
 
 import os
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,19 +52,16 @@ def rank_gate(
         x: (…, d_in), floating; any leading shape, no tokens at all included.
         A: (r, d_in).
         rows: (r / block, d_in) of a linear router, else None.
-        B: (d_out, r), or fewer columns: the first r − B.shape[1] ranks then are silent. They have a
-            key, which enters the norm, the selection and the sums of the gate, but no value.
+        B: (d_out, r), or fewer columns: then the first ranks are silent, with a key but no value.
         epilogue: How the gates g come about.
         scale: Factor of the update.
         live_from: The first `live_from` ranks are a frozen bank: no gradient to their rows of A and
-            columns of B, but x receives what passes through them. 0 <= live_from <= r; silent
-            ranks lie among them.
+            columns of B, but x gets what passes through them; silent ranks lie among them.
         shadow: (A0 (w, d_in), B0 (d_out, w), δ0), subtracted and never trained; δ0 is None for the
             identity, 0-d, (w,) or (w, w). It sees x without dropout, as a part of the base would.
         row_scale: (d_out,) multiplies dL/dy on its way to A, B, rows and a static gate, not to x.
         dropout: Probability in [0, 1) of zeroing an element of x, the same for A and rows.
-        seed: 64-bit key of the dropout mask, see `polyrank.ops.philox`; a 0-d int64 tensor spares
-            recompilations.
+        seed: 64-bit key of the dropout mask; as a 0-d int64 tensor it spares recompilations.
         mask: (…,) bool, real tokens; restricts what is counted, nothing else.
         count: Whether to count (linear router only).
         inplace: Whether y may be overwritten, where that saves a copy of it: nobody else reads it,
@@ -79,24 +78,39 @@ def rank_gate(
     if found := _problems(y, x, A, rows, B, epilogue, live_from, shadow, row_scale, dropout, mask):
         raise ConfigError(found)
     inputs = (y, x, A, rows, B, epilogue, scale, live_from, shadow, row_scale, dropout, seed, mask)
-    if _path() == "eager":
+    path = _path(x, A.shape[0], shadow)
+    if path == "triton":
+        from polyrank.ops.rank_gate import triton
+
+        given = (*inputs[:8], *inputs[9:])
+        return triton.rank_gate(*given, count=count, inplace=inplace)
+    if path == "eager":
         return eager.rank_gate(*inputs, count=count, inplace=inplace)
     with torch.autocast(x.device.type, enabled=False):
         return naive.rank_gate(*inputs, count=count)
 
 
-def _path() -> str:
-    """The path that `POLYRANK_OPS` asks for."""
+def _path(x: Tensor, r: int, shadow: Any) -> str:
+    """The path that `POLYRANK_OPS` asks for; with auto kernels where they gain."""
     path = os.environ.get("POLYRANK_OPS", "auto")
-    if path in ("auto", "eager", "naive"):
-        return "naive" if path == "naive" else "eager"
-    if path == "triton":
+    if path not in _PATHS:
+        guess = nearest(path, _PATHS) or " unset it"
+        raise ConfigError(f"POLYRANK_OPS: got {path!r}, expected one of {_PATHS};{guess}")
+    if path == "auto":
+        return "eager"
+    if path != "triton":
+        return path
+    if not find_spec("triton"):
         raise ConfigError(
-            "POLYRANK_OPS: got 'triton', but rank_gate has no kernel in this version; "
-            "expected auto, eager or naive; unset it"
+            "POLYRANK_OPS: got 'triton', but Triton is not installed; unset it, or install a torch "
+            "that brings Triton"
         )
-    guess = nearest(path, _PATHS) or " unset it"
-    raise ConfigError(f"POLYRANK_OPS: got {path!r}, expected one of {_PATHS};{guess}")
+    from polyrank.ops.rank_gate import triton
+
+    if found := triton.problems(x, r, shadow):
+        raise ConfigError([f"POLYRANK_OPS: got 'triton', but {f}; unset it" for f in found])
+    # No token needs no kernel.
+    return "triton" if x.numel() else "eager"
 
 
 def _problems(y, x, A, rows, B, e, live_from, shadow, row_scale, dropout, mask) -> list[str]:

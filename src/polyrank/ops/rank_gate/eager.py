@@ -202,7 +202,7 @@ class _RankGate(torch.autograd.Function):
         return dy, dx, dA, drows, dB, dgate, None, None, None, None, None, None
 
 
-def _writable(y: Tensor, inplace: bool) -> Tensor | None:
+def writable(y: Tensor, inplace: bool) -> Tensor | None:
     """The tensor of y's elements to overwrite; None where autograd forbids it or it costs more."""
     if not inplace or torch.compiler.is_compiling() or not y.is_contiguous():
         return None
@@ -228,7 +228,7 @@ def rank_gate(y, x, A, rows, B, epilogue, scale, live_from=0, shadow=None, row_s
     autocast = torch.is_autocast_enabled(device)
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    target = _writable(y, inplace)
+    target = writable(y, inplace)
     inplace, y = target is not None, y if target is None else target
     tensors = (y, x, A, rows, B, epilogue.gate)
     backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -17,7 +17,7 @@ from polyrank.ops.rank_gate.epilogue import Epilogue
 _NUMPY_THREADS = 6
 
 
-_MESSAGE = (
+MESSAGE = (
     "rank gate: logits of {} are not finite, expected finite numbers; look for a diverged run "
     "(learning rate, fp16 overflow) or non-finite inputs"
 )
@@ -42,7 +42,7 @@ def check_finite(z: Tensor) -> None:
         return
     bad = ~z.isfinite().all(dim=-1)
     if hit := int(bad.sum()):
-        raise NonFiniteError(_MESSAGE.format(f"{hit} of {bad.numel()} tokens"))
+        raise NonFiniteError(MESSAGE.format(f"{hit} of {bad.numel()} tokens"))
 
 
 def watch_finite(z: Tensor) -> Callable[[], None] | None:
@@ -62,7 +62,7 @@ def watch_finite(z: Tensor) -> Callable[[], None] | None:
     def finish() -> None:
         copied.synchronize()
         if not finite:
-            raise NonFiniteError(_MESSAGE.format("some tokens"))
+            raise NonFiniteError(MESSAGE.format("some tokens"))
 
     return finish
 
