@@ -41,9 +41,19 @@ HELD = {
 }
 
 
+FIGURE = {"name": "reuse", "title": "Reuse", "unit": "", "note": ""} | {
+    "rows": ["a"],
+    "columns": ["a", "b"],
+    "values": [[-0.5, None]],
+}
+ROUTED = {"layers": ["q"], "tasks": ["a"], "load": [[[1.0, 0.0]]], "entropy": [[0.0]]}
+
+
 def test_what_is_optional_may_be_absent_or_null():
     assert faults() == []
-    nothing = dict.fromkeys(("general", "validation", "extra_samples", "deploy"))
+    nothing = dict.fromkeys(
+        ("general", "validation", "extra_samples", "deploy", "exports", "figures")
+    )
     assert faults(**nothing) == []
     full = {"general": [0.5, None, 0.25], "validation": HELD, "extra_samples": 16, "deploy": "slow"}
     assert faults(**full) == []
@@ -95,6 +105,20 @@ def test_each_column_has_the_range_of_its_own_task():
         ({"general": 0.5}, "general: got float, expected list or null"),
         ({"extra_samples": -1}, "extra_samples: got -1, expected a number of at least 0, or null"),
         ({"extra_samples": True}, "extra_samples: got bool, expected int or float or null"),
+        ({"exports": {"a": 1}}, "exports: a: got 1, expected the path of a folder"),
+        ({"figures": [{}]}, "figures[0]: 'name' is missing"),
+        ({"figures": [{**FIGURE, "rows": []}]}, "figures[0].rows: got [], expected one word"),
+        (
+            {"figures": [{**FIGURE, "values": [[0.5]]}]},
+            "figures[0].values: expected 1 rows of 2 numbers",
+        ),
+        (
+            {"figures": [{**FIGURE, "values": [[0.5, "inf"]]}]},
+            "figures[0].values: expected finite numbers, or null",
+        ),
+        ({"routing": {**ROUTED, "gate": [[[]]]}}, "routing.gate: expected a list of one number"),
+        ({"routing": {**ROUTED, "gate": [[["a"]]]}}, "routing.gate: expected finite numbers"),
+        ({"routing": {**ROUTED, "load": [[[-1.0]]]}}, "routing.load: expected numbers of at"),
         ({"deploy": 3}, "deploy: got int, expected str or null"),
         ({"validation": []}, "validation: got list, expected dict or null"),
         ({"validation": {}}, "validation: 'unrestricted' is missing"),
@@ -124,6 +148,18 @@ def test_a_metric_is_a_name(metric):
     data["tasks"][1]["metric"] = metric
     (line,) = schema.results_problems(data)
     assert line == (f"results.json: tasks[1]: metric: got {type(metric).__name__}, expected str")
+
+
+def test_figures_and_gates_are_held_and_mapped():
+    gated = {**ROUTED, "gate": [[[-0.5, None]]]}
+    data = results(figures=[FIGURE], routing=gated, exports={"a": "exports/lora/a"})
+    assert schema.results_problems(data) == []
+    assert schema.results_problems(results(routing=ROUTED)) == []
+    back = schema.map_scores(data, lambda x: "gone" if x is None else x)["systems"][0]
+    assert back["figures"] == [{**FIGURE, "values": [[-0.5, "gone"]]}]
+    assert back["routing"]["gate"] == [[[-0.5, "gone"]]]
+    assert back["exports"] == {"a": "exports/lora/a"}
+    assert "gate" not in schema.map_scores(results(routing=ROUTED), str)["systems"][0]["routing"]
 
 
 def test_every_score_that_may_be_missing_is_mapped():

@@ -73,6 +73,7 @@ def _adapter(source: Path, system: str | None) -> Path:
     if name not in held:
         hint = nearest(name, held) or " choose one"
         raise ConfigError(f"system: got {name!r}, expected one of {', '.join(held)};{hint}")
-    if not (folder := source / held[name]).is_dir():
+    folder = source / str(held[name])
+    if not folder.is_dir():
         raise RunError(f"{folder}: is missing, expected what the run saved; repeat the run")
     return folder

@@ -201,6 +201,17 @@ class Course:
         if not self.flowing:
             self._score(group[-1])
 
+    def closing(self) -> tuple[list[Boundary], TaskWorkshop]:
+        """Return fresh boundaries, and the workshop of the last task, once the stream has ended.
+
+        What they know is in `workshop.memory`, as in a course that was resumed at its end.
+        """
+        self.group = len(self.groups) - 1
+        try:
+            return self._boundaries(), self._workshop()
+        finally:
+            self.group += 1
+
     # --- what it looks like from outside ---------------------------------------------------------
 
     def where(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from polyrank.engine.data import batches, train_rows
 from polyrank.engine.folders import Places
 from polyrank.engine.general import General
 from polyrank.engine.interrupt import Interrupts
+from polyrank.engine.leavings import exported, figures_of
 from polyrank.engine.plan import Plan, System
 from polyrank.engine.prefix import PrefixReader
 from polyrank.engine.probe import frozen_probe
@@ -199,6 +200,8 @@ class Engine:
                 "extra_samples": course.extra_samples(),
                 "seconds": course.seconds + time.perf_counter() - course.started,
             }
+            if own:
+                entry |= self._leavings(course, entry["routing"])
             if name:
                 entry["deploy"] = name
             if own and course.marks.general:
@@ -208,6 +211,14 @@ class Engine:
                 entry["validation"] = self._figures(first, second, "validation")
             found.append(entry)
         return found
+
+    def _leavings(self, course: Course, routing: dict[str, Any] | None) -> dict[str, Any]:
+        """Return what the boundaries of a finished course leave: figures, and adapters on disk."""
+        boundaries, workshop = course.closing()
+        figures = figures_of(boundaries, workshop, routing)
+        exports = exported(boundaries, workshop, self.folder.path, course.system.name)
+        found: dict[str, Any] = {"figures": figures, "exports": exports}
+        return {key: value for key, value in found.items() if value}
 
     def _figures(
         self, restricted: np.ndarray, unrestricted: np.ndarray, split: str = "test"
@@ -243,7 +254,7 @@ class Engine:
             return None
         device = next(model.parameters()).device
         size = self.settings.eval_batch_size
-        load, entropy = [], []
+        load, gate, entropy = [], [], []
         for task in self.stream:
             inputs = (
                 {key: value.to(device) for key, value in reader.inputs(batch).items()}
@@ -251,11 +262,13 @@ class Engine:
             )
             found = gate_statistics(model, views, inputs)
             load.append([stats.load().tolist() for stats in found])
+            gate.append([stats.mean().tolist() for stats in found])
             entropy.append([metrics.load_entropy(stats.load().tolist()) for stats in found])
         return {
             "layers": [layer.site.path for layer in views],
             "tasks": [task.name for task in self.stream],
             "load": load,
+            "gate": gate,
             "entropy": entropy,
         }
 

@@ -4,7 +4,8 @@
     events.jsonl   one JSON object a line, appended while the run goes on
     results.json   accuracy matrices, metrics and routing of every system
     report.html, matrix.png, matrix.csv     made from these by polyrank.reports
-    adapters/, base/, checkpoints/          written by the engine
+    SYSTEM-FIGURE.png                       the same, one for each figure of a method
+    adapters/, exports/, base/, checkpoints/        written by the engine
 
 Every JSON file is written aside and renamed. Not measured is null in a file and NaN in memory.
 """
@@ -30,7 +31,7 @@ except ImportError:  # Windows: two runs in one folder are then told apart by th
 
 RUN, EVENTS, RESULTS = "run.json", "events.jsonl", "results.json"
 REPORTS = ("report.html", "matrix.png", "matrix.csv")
-FOLDERS = ("adapters", "base", "checkpoints")
+FOLDERS = ("adapters", "base", "checkpoints", "exports")
 _OURS = frozenset({RUN, EVENTS, RESULTS, *REPORTS, *FOLDERS})
 _IGNORED = frozenset({".DS_Store", ".gitignore", ".gitkeep"})
 
@@ -251,7 +252,7 @@ def _check_free(path: Path, identity: Mapping[str, Any], overwrite: bool) -> Non
     if not path.is_dir():
         raise RunError(f"{path}: is a file, expected a folder; choose another name")
     names = {p.name for p in path.iterdir() if not _ignored(p.name)}
-    if foreign := sorted(names - _OURS):
+    if foreign := sorted(names - _OURS - _figures(path)):
         shown = ", ".join(foreign[:3]) + (" …" if len(foreign) > 3 else "")
         raise RunError(
             f"{path}: holds files of something else ({shown}), expected a new or empty folder; "
@@ -287,7 +288,7 @@ def _clear(path: Path) -> None:
     # run.json goes last: as long as it stands, a killed replacement can be asked for again.
     if not path.exists():
         return
-    for name in sorted(_OURS - {RUN}):
+    for name in sorted((_OURS | _figures(path)) - {RUN}):
         target = path / name
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
@@ -295,6 +296,23 @@ def _clear(path: Path) -> None:
             target.unlink(missing_ok=True)
     for aside in path.glob(".*.tmp"):
         aside.unlink()
+
+
+def figure_files(results: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """File name -> (system, figure) of every figure in the content of results.json."""
+    return {
+        f"{system['name']}-{figure['name']}.png": (system, figure)
+        for system in results["systems"]
+        for figure in system.get("figures") or ()
+    }
+
+
+def _figures(path: Path) -> set[str]:
+    try:
+        return set(figure_files(read_json(path / RESULTS)))
+    except (RunError, LookupError, TypeError, AttributeError):
+        # A folder without results, or whose results were changed by hand, has no figures of ours.
+        return set()
 
 
 def _ignored(name: str) -> bool:

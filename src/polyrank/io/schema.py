@@ -50,13 +50,20 @@ _SYSTEM: dict[str, type | tuple[type, ...]] = {
     "routing": (dict, type(None)),
 }
 # What may be left out: scores on what no task trains, before the first task and after each; the
-# same figures on validation rows; replayed rows per update; which of several models it is.
+# same figures on validation rows; replayed rows per update; which of several models it is; folders
+# of adapters beside its own, by name; tables that the method shows.
 _TASK_MORE: dict[str, type | tuple[type, ...]] = {"metric": str}
 _SYSTEM_MORE: dict[str, type | tuple[type, ...]] = {
     "general": (list, type(None)),
     "validation": (dict, type(None)),
     "extra_samples": (int, float, type(None)),
     "deploy": (str, type(None)),
+    "exports": (dict, type(None)),
+    "figures": (list, type(None)),
+}
+_FIGURE: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("name", "title", "unit", "note"), str),
+    **dict.fromkeys(("rows", "columns", "values"), list),
 }
 _FIGURES: dict[str, type | tuple[type, ...]] = {**dict.fromkeys(VIEWS, list), "metrics": dict}
 
@@ -116,8 +123,12 @@ def map_scores(data: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[st
             new["validation"] = {**held, **{key: _deep(held[key], change) for key in _FIGURES}}
         if system["routing"] is not None:
             routing = system["routing"]
-            scores = {key: _deep(routing[key], change) for key in ("load", "entropy")}
-            new["routing"] = {**routing, **scores}
+            keys = [key for key in ("load", "gate", "entropy") if key in routing]
+            new["routing"] = {**routing, **{key: _deep(routing[key], change) for key in keys}}
+        if new.get("figures") is not None:
+            new["figures"] = [
+                {**figure, "values": _deep(figure["values"], change)} for figure in new["figures"]
+            ]
         systems.append(new)
     return {**data, "systems": systems}
 
@@ -142,6 +153,11 @@ def _system(system: Mapping[str, Any], metrics: list[str | None], where: str) ->
             f"{where}.general: got {kept!r:.80}, expected up to {size + 1} numbers or null, the "
             "score before the first task and after each"
         )
+    for name, path in (system.get("exports") or {}).items():
+        if not isinstance(path, str):
+            yield f"{where}.exports: {name}: got {path!r}, expected the path of a folder"
+    for i, figure in enumerate(system.get("figures") or ()):
+        yield from _figure(figure, f"{where}.figures[{i}]")
     extra = system.get("extra_samples")
     if extra is not None and not (_number(extra) and extra >= 0):
         yield f"{where}.extra_samples: got {extra!r}, expected a number of at least 0, or null"
@@ -167,25 +183,44 @@ def _figures(part: Mapping[str, Any], metrics: list[str | None], where: str) -> 
             yield f"{where}.metrics.{view}: got {values!r:.80}, expected names with numbers or null"
 
 
+def _figure(figure: Any, where: str) -> Iterator[str]:
+    wrong = _keys(figure, _FIGURE, where)
+    yield from wrong
+    if wrong:
+        return
+    for key in ("rows", "columns"):
+        if not figure[key] or any(not isinstance(word, str) for word in figure[key]):
+            yield f"{where}.{key}: got {figure[key]!r:.80}, expected one word or more"
+    rows, columns, values = (len(figure[key]) for key in ("rows", "columns", "values"))
+    table = figure["values"]
+    if values != rows or any(not isinstance(r, list) or len(r) != columns for r in table):
+        yield f"{where}.values: expected {rows} rows of {columns} numbers"
+    elif not all(_number(x) for row in table for x in row):
+        yield f"{where}.values: expected finite numbers, or null"
+
+
 def _routing(routing: Mapping[str, Any], where: str) -> Iterator[str]:
     wrong = _keys(routing, dict.fromkeys(("layers", "tasks", "load", "entropy"), list), where)
     yield from wrong
     if wrong:
         return
     tasks, layers = len(routing["tasks"]), len(routing["layers"])
-    for key in ("load", "entropy"):
+    for key in ("load", "gate", "entropy"):
+        if key == "gate" and key not in routing:
+            continue
         rows = routing[key]
         if len(rows) != tasks or any(not isinstance(r, list) or len(r) != layers for r in rows):
             yield f"{where}.{key}: expected {tasks} tasks with {layers} layers each"
             continue
         cells = [x for row in rows for x in row]
-        if key == "load":
+        if key != "entropy":
             if any(not isinstance(x, list) or not x for x in cells):
-                yield f"{where}.load: expected a list of one number per rank for every layer"
+                yield f"{where}.{key}: expected a list of one number per rank for every layer"
                 continue
             cells = [x for layer in cells for x in layer]
-        if any(not _number(x) or (x is not None and x < 0) for x in cells):
-            yield f"{where}.{key}: expected numbers of at least 0, or null"
+        if any(not _number(x) or (key != "gate" and x is not None and x < 0) for x in cells):
+            least = "finite numbers" if key == "gate" else "numbers of at least 0"
+            yield f"{where}.{key}: expected {least}, or null"
 
 
 def _keys(
