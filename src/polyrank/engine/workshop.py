@@ -187,8 +187,8 @@ class TaskWorkshop(Workshop):
         absorb(self.model, lossy=lossy, archive=archive, seed=self.seed, key=key)
         self.absorbed = True
 
-    def append(self, name: str, r: int) -> None:
-        """Freeze the live ranks into the bank and give r new ones."""
+    def append(self, name: str, r: int | None = None) -> None:
+        """Freeze the live ranks into the bank and give r new ones, None: as many as before."""
         append(self.model, r, seed=self.seed, key=f"append-{self.task}")
 
     def redraw(self) -> None:

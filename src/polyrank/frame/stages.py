@@ -202,8 +202,8 @@ class Workshop(Protocol):
         fits the original base.
         """
 
-    def append(self, name: str, r: int) -> None:
-        """Freeze the live ranks into the bank and give r new ones."""
+    def append(self, name: str, r: int | None = None) -> None:
+        """Freeze the live ranks into the bank and give r new ones, None: as many as before."""
 
     def redraw(self) -> None:
         """Write fresh starting values."""

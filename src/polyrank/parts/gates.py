@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from polyrank.errors import ConfigError, RunError
+from polyrank.errors import ConfigError, MergeError, RunError
 from polyrank.frame import ORDER, Adapter, Core, Flow, Layer, Rule, Step, Workshop
+from polyrank.layers import adapter_of, keep
 from polyrank.ops.rank_gate import Epilogue
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+    from polyrank.layers import View
+
 FORMS = ("soft", "released")
 STARTS = ("normal", "ones")
+# Updates from one look for NaN to the next: looking waits for all work of an accelerator.
+LOOK_EVERY = 100
 
 
 class StaticGate(Core):
@@ -77,7 +82,7 @@ def shrink(v: Tensor, threshold: float, form: str = "soft") -> Tensor:
 
     "soft" is the proximal map of κ |v|: sign(v) max(|v| − κ, 0). "released" is what the code of
     SoRA and of CoDyRA does: 0 where |v| < 2 κ, except at |v| = κ, which stays; sign(v) (|v| − κ)
-    from there on. Both are odd and never change a sign; only "soft" is a contraction.
+    from there on. Both are odd and never change a sign; only "soft" is a contraction. NaN stays.
 
     Args:
         v: any shape, fp32 or fp64.
@@ -89,7 +94,7 @@ def shrink(v: Tensor, threshold: float, form: str = "soft") -> Tensor:
     size = v.abs()
     if form == "soft":
         moved = (size - threshold).clamp_min(0)
-        return torch.where(moved > 0, moved.copysign(v), torch.zeros_like(v))
+        return torch.where(moved == 0, torch.zeros_like(v), moved.copysign(v))
     # As three statements in a row, since rounding decides which values meet the bounds.
     moved = torch.where(size > threshold, size - threshold, size)
     return torch.where(moved < threshold, torch.zeros_like(v), moved.copysign(v))
@@ -110,6 +115,43 @@ def kept_ranks(adapter: Adapter) -> dict[str, int]:
     return {layer.site.path: count for (layer, _), count in zip(gates, counts, strict=True)}
 
 
+def kept_parameters(adapter: Adapter) -> int:
+    """Return Σ kept (d_in + d_out), the size of the LoRA that the kept ranks are."""
+    kept = kept_ranks(adapter)
+    sites = [layer.site for layer, _ in static_gates(adapter)]
+    return sum(kept[site.path] * (site.d_in + site.d_out) for site in sites)
+
+
+def prune(model: nn.Module, *, adapter: str | None = None) -> dict[str, int]:
+    """Cut the ranks whose gate is zero out of every layer; answers and the scale s stay.
+
+    s is that of the ranks from before, and not alpha over those that are left. A layer without any
+    other keeps its first rank, which adds nothing. No optimiser may exist.
+
+    Returns:
+        How many ranks act, by site path.
+
+    Raises:
+        ConfigError: if the adapter has no static gate.
+        MergeError: if it is merged.
+        RunError: if gates are not finite.
+    """
+    found = adapter_of(model, adapter)
+    FlatGates(found).check_finite()
+    if any(found.name in view.module.merged_adapters for view in found.layers):
+        raise MergeError(
+            f"prune: adapter {found.name!r} is merged, and could not be taken out of the base any "
+            "more; call unmerge_adapter() first"
+        )
+    kept = kept_ranks(found)
+    for layer, gate in static_gates(found):
+        ranks = gate.detach().nonzero().squeeze(-1)
+        ranks = ranks if len(ranks) else ranks.new_zeros(1)
+        if len(ranks) < len(gate):
+            keep(model, cast("View", layer), ranks)
+    return kept
+
+
 class FlatGates:
     """All gates of an adapter as one flat fp32 vector, so that one kernel serves the whole model.
 
@@ -118,14 +160,16 @@ class FlatGates:
 
     Args:
         adapter: with static gates in all or some layers.
+        name: the parameter of their cores that is gathered.
 
     Raises:
         ConfigError: if there are none, or they are not fp32 or fp64.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.params = [gate for _, gate in static_gates(adapter)]
-        self.paths = [layer.site.path for layer, _ in static_gates(adapter)]
+    def __init__(self, adapter: Adapter, name: str = "gate") -> None:
+        layers = [layer for layer, _ in static_gates(adapter)]
+        self.params = [layer.core.get_parameter(name) for layer in layers]
+        self.paths = [layer.site.path for layer in layers]
         if not self.params:
             raise ConfigError("gates: the adapter has no static gate to shrink; use another method")
         half = {p.dtype for p in self.params} - {torch.float32, torch.float64}
@@ -214,7 +258,13 @@ class Shrinkage(Rule):
 
     @torch.no_grad()
     def after(self, step: Step) -> None:
-        """Shrink all gates by the update's threshold."""
+        """Shrink all gates by the update's threshold.
+
+        Raises:
+            RunError: if gates are not finite; looked for now and then.
+        """
+        if step.index % LOOK_EVERY == 0:
+            self.gates.check_finite()
         threshold = self.threshold(step)
         if threshold > 0:
             flat = self.gates.vector()
