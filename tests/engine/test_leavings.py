@@ -97,6 +97,9 @@ def test_figures_and_exports_are_in_the_results_and_adapters_in_the_folder(tmp_p
     assert math.isnan(again["figures"][0]["values"][0][1])
     assert again["exports"] == {name: f"exports/archived/{name}" for name in figure["rows"]}
 
+    assert "Reuse: archived r=2" in result.report().read_text(encoding="utf-8")
+    assert (tmp_path / "run" / "archived-reuse.png").is_file()
+
     last = read_saved(tmp_path / "run" / "exports" / "archived" / "task-1")
     base = tiny_vit(4)
     base.classifier = torch.nn.Linear(16, len(last.plan["labels"]))

@@ -353,9 +353,9 @@ def test_the_chart_breaks_at_gaps_and_stays_inside(run_folder):
         (words.seconds(4800), "1 h 20 min"),
         (words.seconds(None), "–"),
         (words.clipped("abcdef", 4), "abc…"),
-        (page.trimmed(["a.b.0.q", "a.b.1.q"]), ["b.0.q", "b.1.q"]),
-        (page.trimmed(["a.b"]), ["a.b"]),
-        (page.trimmed(["q", "v"]), ["q", "v"]),
+        (words.trimmed(["a.b.0.q", "a.b.1.q"]), ["b.0.q", "b.1.q"]),
+        (words.trimmed(["a.b"]), ["a.b"]),
+        (words.trimmed(["q", "v"]), ["q", "v"]),
         (
             page.flat({"a": {"b": [1, 2], "c": None}, "d": [{"e": True}], "f": []}),
             [("a.b", "1, 2"), ("a.c", "–"), ("d[0].e", "True"), ("f", "none")],

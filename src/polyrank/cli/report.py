@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-HELP = """Write report.html, matrix.png and matrix.csv into a run folder and print its tables."""
+HELP = """Write report.html, matrix.png, matrix.csv and a picture a figure of the method into a run
+folder, and print its tables.
+"""
 
 
 def command(run: Annotated[Path, typer.Argument(help="Folder that `polyrank run` wrote.")]) -> None:

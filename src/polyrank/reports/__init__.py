@@ -12,6 +12,7 @@ from polyrank.reports import (
     compare_picture,
     compare_table,
     compare_view,
+    heat_picture,
     page,
     picture,
     sheet,
@@ -24,7 +25,7 @@ __all__ = ["compare", "path_picture", "report", "terminal_table", "terminal_text
 
 
 def report(path: str | os.PathLike[str]) -> dict[str, Path]:
-    """Write report.html, matrix.png and matrix.csv into a run folder, replacing older ones.
+    """Write report.html, matrix.png, matrix.csv and a PNG a figure, replacing older ones.
 
     Returns:
         File name to path.
@@ -39,6 +40,8 @@ def report(path: str | os.PathLike[str]) -> dict[str, Path]:
         "matrix.png": picture.draw(shown),
         "matrix.csv": sheet.render(shown).encode(),
     }
+    where = f"{folder.run['stream']['name']}, seed {folder.run['seed']}"
+    made |= {heat.file: heat_picture.draw(heat, where) for heat in shown.figures}
     return {name: write_bytes(folder.path / name, data) for name, data in made.items()}
 
 

@@ -48,7 +48,7 @@ def render(view: View) -> str:
         nan=lambda value: value is None or math.isnan(value),
         flat=flat,
         strip=strip,
-        trimmed=trimmed,
+        trimmed=words.trimmed,
         highest=highest,
         brief=brief,
     )
@@ -122,17 +122,6 @@ def flat(value: Any, name: str = "") -> list[tuple[str, str]]:
     if isinstance(value, list | tuple):
         return [(name, ", ".join(map(str, value)) or "none")]
     return [(name, "–" if value is None else str(value))]
-
-
-def trimmed(paths: Sequence[str]) -> list[str]:
-    """Layer paths without what all of them share at the front, but for one part of it."""
-    split = [path.split(".") for path in paths]
-    shared = 0
-    while len(split) > 1 and all(
-        len(parts) > shared + 1 and parts[shared] == split[0][shared] for parts in split
-    ):
-        shared += 1
-    return [".".join(parts[max(0, shared - 1) :]) for parts in split]
 
 
 def brief(stream: Mapping[str, Any]) -> dict[str, Any]:

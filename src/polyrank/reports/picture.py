@@ -17,7 +17,7 @@ from polyrank.reports import words
 from polyrank.reports.view import System, View
 
 PAPER, INK, SOFT, _EMPTY = "#ffffff", "#1c2326", "#66727a", "#f6f6f4"
-_SCALE = LinearSegmentedColormap.from_list(
+SCALE = LinearSegmentedColormap.from_list(
     "polyrank", ["#dcebe8", "#a3cdc7", "#4f9d9c", "#1b6a73", "#0b3f4b"]
 )
 _FONTS = ("Inter", "Source Sans 3", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans")
@@ -69,7 +69,7 @@ def _headline(figure: Figure, view: View, family: str, width: float, height: flo
 
 def _map(axes: Axes, system: System, tasks: list[str], first: bool, family: str) -> None:
     size = len(tasks)
-    axes.imshow(system.unrestricted, cmap=_SCALE, vmin=0, vmax=1, aspect="equal")
+    axes.imshow(system.unrestricted, cmap=SCALE, vmin=0, vmax=1, aspect="equal")
     for i, j in np.ndindex(size, size):
         value = system.unrestricted[i, j]
         if math.isnan(value):

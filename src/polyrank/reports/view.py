@@ -3,13 +3,14 @@
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
 from polyrank import metrics
+from polyrank.reports.heat import Heat, heats
 
 # Metric name in results.json -> words for a heading, shown in this order.
 WORDS = {
@@ -58,6 +59,7 @@ class View:
     tasks: list[str]
     counts: list[int]
     systems: list[System]
+    figures: list[Heat] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -100,6 +102,7 @@ def prepare(run: Mapping[str, Any], results: Mapping[str, Any]) -> View:
         tasks=[task["name"] for task in results["tasks"]],
         counts=[task["n_test"] for task in results["tasks"]],
         systems=systems(results),
+        figures=heats(results),
     )
 
 

@@ -1,6 +1,7 @@
 """Numbers and formulas as text."""
 
 import math
+from collections.abc import Sequence
 
 
 def fraction(value: float | None, digits: int = 3, missing: str = "–") -> str:
@@ -22,6 +23,17 @@ def short(value: float) -> str:
 def clipped(text: str, length: int) -> str:
     """The text, cut to `length` letters with an ellipsis."""
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def trimmed(paths: Sequence[str]) -> list[str]:
+    """Layer paths without what all of them share at the front, but for one part of it."""
+    split = [path.split(".") for path in paths]
+    shared = 0
+    while len(split) > 1 and all(
+        len(parts) > shared + 1 and parts[shared] == split[0][shared] for parts in split
+    ):
+        shared += 1
+    return [".".join(parts[max(0, shared - 1) :]) for parts in split]
 
 
 def whole(value: int | None) -> str:
