@@ -249,13 +249,13 @@ def _(x, given, mask, key, seed, numbers):
 
 @torch.library.custom_op("polyrank::rank_gate_backward", mutates_args=())
 def rank_gate_backward_op(
-    dys: list[Tensor], x: Tensor, given: list[Tensor | None], saved: list[Tensor],
+    dys: list[Tensor | None], x: Tensor, given: list[Tensor | None], saved: list[Tensor | None],
     key: Tensor | None, seed: int, numbers: list[float], needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of `backward` as one list; empty tensors for None."""
     call, needs = _call(tuple(numbers)), _needs(needed)
     keyed = seed if key is None else key
-    dx, grads = backward(found(dys), x, given, found(saved), keyed, call, needs)
+    dx, grads = backward(dys, x, given, saved, keyed, call, needs)
     results, memory = [dx], set()
     for grad in (g for group in grads for g in group):
         # An operator's results share no memory.

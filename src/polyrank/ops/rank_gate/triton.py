@@ -137,12 +137,10 @@ class _Fused(torch.autograd.Function):
         )
         seed = ctx.seed if key is None else key
         if torch.compiler.is_compiling():
-            like = x.new_empty(0)
             flags = [needs.x, *(flag for group in needs.members for flag in group)]
             found = fused.found(
                 torch.ops.polyrank.rank_gate_backward(
-                    [like if dy is None else dy for dy in outs], x, given,
-                    [like if t is None else t for t in saved], key,
+                    list(outs), x, given, saved, key,
                     0 if ctx.seed is None else ctx.seed, call.numbers(), flags,
                 )
             )  # fmt: skip
