@@ -19,11 +19,14 @@ class Portion(NamedTuple):
         ranks: how many rows of A and columns of B are read; nothing else is touched.
         held: the first of them that receive no gradient, 0 <= held <= ranks; x receives all.
         gain: multiplies the update.
+
+    In compiled code all three may be 0-d tensors, so that another portion needs no other graph;
+    the ranks that are not read then are multiplied as zeros.
     """
 
-    ranks: int
-    held: int = 0
-    gain: float = 1.0
+    ranks: int | Tensor
+    held: int | Tensor = 0
+    gain: float | Tensor = 1.0
 
 
 class Core(nn.Module):
@@ -66,6 +69,17 @@ class Core(nn.Module):
     def portion(self) -> Portion | None:
         """Return which leading ranks are read, or None for all; `delta` speaks of all ranks."""
         return None
+
+    def shortened(self, ranks: int) -> float:
+        """Return the factor on the update once only the first `ranks` ranks are left."""
+        return 1.0
+
+    def settings(self) -> dict[str, Any]:
+        """Return plain values that were set on the core and are saved with the adapter."""
+        return {}
+
+    def configure(self, settings: dict[str, Any]) -> None:
+        """Take back what `settings` gave."""
 
     def settle(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the live factors as a bank holds them, once the core has gone: B φ(A x) stays.

@@ -9,7 +9,16 @@ from polyrank.layers.linear import AdaptedLinear
 from polyrank.layers.plugin import install
 from polyrank.layers.root import ensure_flow, hook_of
 from polyrank.layers.saved import saved_of
-from polyrank.layers.structure import absorb, append, extend, grow_head, keep, redraw, replica
+from polyrank.layers.structure import (
+    absorb,
+    append,
+    extend,
+    grow_head,
+    keep,
+    redraw,
+    replica,
+    truncate,
+)
 from polyrank.layers.tuner import PolyrankModel
 from polyrank.layers.verbs import adapt, conditioned, hotswap, load, merge, parameter_groups, view
 from polyrank.layers.views import View
@@ -44,6 +53,7 @@ __all__ = [
     "redraw",
     "replica",
     "saved_of",
+    "truncate",
     "view",
 ]
 

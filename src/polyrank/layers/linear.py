@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from polyrank.errors import CheckpointError, ConfigError, MergeError
-from polyrank.frame import Flow, Method, Site, keyed
+from polyrank.frame import Core, Flow, Method, Site, keyed
 from polyrank.layers.archive import holds
 from polyrank.layers.compat import check_adapters_to_merge, in_out_features
 from polyrank.layers.trainability import DeclaredTrainability
@@ -98,6 +98,8 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
             )
         for replica, (r, bank) in shapes.get("replicas", {}).items():
             self._replicate_shape(name, replica, r, bank)
+        for each in self.cores(name):
+            each.configure(shapes.get("core", {}))
         if seed is not None and view.A.device.type != "meta":
             self.fill(name, seed)
         self._move_adapter_to_device_of_base_layer(name)
@@ -106,6 +108,8 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
         """Return what decides one adapter's shapes here beside its options, as plain values."""
         view = self.views[name]
         found: dict[str, Any] = {"r": view.site.r, "scale": view.scale}
+        if settings := view.core.settings():
+            found["core"] = settings
         if name in self.polyrank_bank:
             held = cast("Frozen", self.polyrank_bank[name])
             found["bank"] = held.A.shape[0]
@@ -162,6 +166,11 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
     def replica_of(self, name: str, replica: str) -> Frozen:
         """Return what one adapter keeps under a replica's name."""
         return cast("Frozen", cast("nn.ModuleDict", self.polyrank_replica[name])[replica])
+
+    def cores(self, name: str) -> list[Core]:
+        """Return the core of one adapter, and those of its replicas."""
+        held = self.polyrank_replica[name].values() if name in self.polyrank_replica else ()
+        return [self.views[name].core, *(cast("Core", each.core) for each in held)]
 
     def keeps(self, name: str, replica: str) -> bool:
         """Say whether one adapter keeps a replica of that name."""

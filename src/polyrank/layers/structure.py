@@ -256,6 +256,39 @@ def keep(model: nn.Module, view: View, ranks: Tensor) -> None:
     _note(model, view)
 
 
+def truncate(model: nn.Module, r: int, *, adapter: str | None = None) -> None:
+    """Keep the first r ranks of every layer for good; the rest and their room are gone.
+
+    The scale stays, unless the core's factor on the update depends on how many ranks are left.
+
+    Args:
+        model: a PEFT model with a polyrank adapter.
+        r: ranks of every layer, at most those of the smallest one.
+        adapter: its name; None is the active one.
+
+    Raises:
+        ConfigError: if a layer has fewer ranks, or its core cannot be cut there; before anything
+            changes.
+        MergeError: if the adapter is merged.
+    """
+    found = adapter_of(model, adapter)
+    if any(found.name in view.module.merged_adapters for view in found.layers):
+        raise MergeError(
+            f"truncate: adapter {found.name!r} is merged; call unmerge_adapter() first"
+        )
+    least = min(view.site.r for view in found.layers)
+    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= least:
+        raise ConfigError(f"truncate: got r={r!r}, expected an integer in 1..{least}")
+    for view in found.layers:
+        # A core that has no such form says so here, before any layer is cut.
+        view.method.core(_resized(view, r))
+    for view in found.layers:
+        gain = view.core.shortened(r)
+        keep(model, view, torch.arange(r))
+        view.scale *= gain
+        _note(model, view)
+
+
 def _picked(core: Core, key: str, param: Tensor, ranks: Tensor) -> Tensor:
     """Return the part of a core's parameter that belongs to some ranks, by its axes."""
     value, r = param.detach(), core.widths[0]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyrank.errors import ConfigError
-from polyrank.frame import Core, Flow, Layer, Method, Site, seed_of
+from polyrank.frame import Core, Flow, Layer, Method, Portion, Site, seed_of
 from polyrank.ops.philox import dropout as seeded_dropout
 from polyrank.ops.rank_gate import rank_gate
 
@@ -26,6 +26,30 @@ def wide(t: Tensor) -> Tensor:
 def _through(delta: Tensor, h: Tensor) -> Tensor:
     """Return δ0 h for h (…, w) and δ0 a matrix, a diagonal (w,) or a number."""
     return F.linear(h, delta) if delta.dim() == 2 else h * delta
+
+
+def _part(
+    A: Tensor, B: Tensor, portion: Portion, live_from: int, scale: float
+) -> tuple[Tensor, Tensor, int, float]:
+    """Return (A, B, live_from, scale) of the leading ranks that are read."""
+    ranks, held, gain = portion
+    if not isinstance(ranks, Tensor):
+        # Slices, so that what is left out costs nothing and cannot spoil anything.
+        return A[:ranks], B[:, :ranks], min(max(live_from, int(held)), ranks), scale * float(gain)
+    place = torch.arange(len(A), device=A.device)
+    read, still = place < ranks, place < held
+    A = torch.where(still[:, None], A.detach(), A)
+    B = torch.where(still, B.detach(), B) * gain
+    # By where and not by a product, which would let what is left out spoil the rest.
+    return torch.where(read[:, None], A, 0.0), torch.where(read, B, 0.0), live_from, scale
+
+
+def _held(factor: Tensor, ranks: int, dim: int) -> Tensor:
+    """Return a factor whose first ranks receive no gradient."""
+    if not ranks:
+        return factor
+    first, rest = factor.split([ranks, factor.shape[dim] - ranks], dim)
+    return torch.cat([first.detach(), rest], dim)
 
 
 class Factor(nn.Module):
@@ -160,9 +184,7 @@ class View(Layer):
         A, B, core, live_from = self.factors(flow)
         scale = self.scale
         if (portion := core.portion()) is not None:
-            # Slices, so that what is left out costs nothing and cannot spoil anything.
-            A, B = A[: portion.ranks], B[:, : portion.ranks]
-            live_from, scale = max(live_from, portion.held), scale * portion.gain
+            A, B, live_from, scale = _part(A, B, portion, live_from, scale)
         if (gain := core.base_gain()) is not None:
             bias = self.module.base_bias()
             y = gain * y if bias is None else gain * (y - bias) + bias
@@ -192,6 +214,8 @@ class View(Layer):
             x_hat = seeded_dropout(x, dropout, seed) if dropout else x
             rows = core.rows()
             z = None if rows is None else F.linear(wide(x_hat), rows.to(wide(x_hat).dtype))
+            if portion is not None and not isinstance(portion.held, Tensor):
+                A, B = _held(A, portion.held, 0), _held(B, portion.held, 1)
             q = core(F.linear(x_hat, A.to(x.dtype)), z, flow.at(mask))
             update = F.linear(q, B.to(q.dtype))
             if self.shadow is not None:

@@ -164,6 +164,7 @@ def _factors(
         ) from error
     site, scale = _site(made, config, path, A, B)
     core = made.core(site)
+    core.configure((config.get("sites") or {}).get(path, {}).get("core", {}))
     held = [_below(parts, name) for name in ("polyrank_archive", "polyrank_bank")]
     if banks := [(wide(bank["A"]), wide(bank["B"])) for bank in held if bank]:
         core.banked(sum(rows.shape[0] for rows, _ in banks))
