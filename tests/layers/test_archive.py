@@ -152,3 +152,23 @@ def test_the_config_holds_nothing_but_numbers_and_words(tmp_path):
     kept = json.loads((tmp_path / "adapter_config.json").read_text())["sites"]["first"]
     assert kept["archive"] == 6
     assert {len(part) for part in kept["witness"].values()} == {16}
+
+
+@pytest.mark.parametrize("verb", [append, absorb])
+def test_a_layer_that_kept_no_rank_has_an_empty_bank_or_archive(verb, monkeypatch, tmp_path):
+    monkeypatch.setattr(type(pr.method("lora")), "core", lambda self, site: StaticGate(site.r))
+    model = pr.adapt(Net(), pr.method("lora", r=3), ["first", "second"], seed=0).eval()
+    shake(model, 3)
+    views = adapter_of(model).layers
+    weight = views[0].module.dense_weight().clone()
+    with torch.no_grad():
+        views[0].core.gate.zero_()
+    answer = model(x())
+    verb(model, **({"archive": True} if verb is absorb else {}))
+    assert_close(model(x()), answer)
+    assert torch.equal(views[0].module.dense_weight(), weight)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Net(), str(tmp_path)).eval()
+    assert_close(again(x()), answer)
+    held = [view.bank or view.archive for view in adapter_of(again).layers]
+    assert [part[0].shape[0] for part in held] == [0, 3]

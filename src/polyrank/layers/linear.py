@@ -76,13 +76,13 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
         self.polyrank_core[name] = core
         view = self.views[name] = View(self, name, method, site)
         view.scale = shapes.get("scale", view.scale)
-        if bank := shapes.get("bank"):
+        if (bank := shapes.get("bank")) is not None:
             values = shapes.get("bank_values", bank)
             self.polyrank_bank[name] = Frozen(
                 torch.zeros(bank, site.d_in), torch.zeros(site.d_out, values)
             )
             core.banked(bank)
-        if archive := shapes.get("archive"):
+        if (archive := shapes.get("archive")) is not None:
             self.polyrank_archive[name] = Frozen(
                 torch.zeros(archive, site.d_in), torch.zeros(site.d_out, archive)
             )
