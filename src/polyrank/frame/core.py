@@ -47,6 +47,9 @@ class Core(nn.Module):
         gates: names of trained parameters that are never decayed, whatever the optimiser's weight
             decay.
         counting: True if the core wants `count` to be called in training.
+        competing: True if a rank without a value still changes what others do, since it enters a
+            norm or a selection: a bank must not grow before its last ranks were trained, and a
+            rank whose value goes keeps its key.
     """
 
     widths: tuple[int, int]
@@ -56,6 +59,7 @@ class Core(nn.Module):
     frozen: frozenset[str] = frozenset()
     gates: frozenset[str] = frozenset()
     counting: bool = False
+    competing: bool = False
 
     def count(self, counts: Tensor) -> None:
         """Take the number of tokens that chose each rank.
@@ -80,6 +84,13 @@ class Core(nn.Module):
 
     def configure(self, settings: dict[str, Any]) -> None:
         """Take back what `settings` gave."""
+
+    def unreachable(self, A: Tensor) -> Tensor:
+        """Return which ranks, (R,) bool, no input makes act in evaluation; A (R, d_in): all keys.
+
+        A rank that is not marked may still never act.
+        """
+        return torch.zeros(len(A), dtype=torch.bool, device=A.device)
 
     def settle(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the live factors as a bank holds them, once the core has gone: B φ(A x) stays.

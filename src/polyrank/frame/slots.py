@@ -34,8 +34,9 @@ class Layer(Protocol):
     """One adapted linear layer as one adapter sees it.
 
     A is (widths[0], d_in), B is (d_out, widths[1]), both live and usually fp32; `bank` are frozen
-    ranks read before the live ones, `shadow` is (A0, B0, δ0), subtracted, `row_scale` (d_out,) acts
-    in backward on A and B only.
+    ranks read before the live ones, `owners` says of which growth each rank is, from 0, the live
+    ones last; `shadow` is (A0, B0, δ0), subtracted, `row_scale` (d_out,) acts in backward on A and
+    B only.
     """
 
     site: Site
@@ -44,6 +45,7 @@ class Layer(Protocol):
     core: Core
     scale: float
     bank: tuple[Tensor, Tensor] | None
+    owners: list[int]
     shadow: tuple[Tensor, Tensor, Tensor | None] | None
     row_scale: Tensor | None
 

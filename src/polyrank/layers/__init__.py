@@ -1,6 +1,7 @@
 """Adapted layers and the PEFT tuner that places them."""
 
 from polyrank.layers.adapter import ModelAdapter, adapter_of
+from polyrank.layers.compact import Compaction, compact
 from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.gates import GateStatistics, gate_statistics, has_gates
 from polyrank.layers.heads import LinearHead
@@ -26,6 +27,7 @@ from polyrank.layers.views import View
 __all__ = [
     "AdaptedLinear",
     "BlockHost",
+    "Compaction",
     "GateStatistics",
     "HeadHost",
     "LinearHead",
@@ -37,6 +39,7 @@ __all__ = [
     "adapt",
     "adapter_of",
     "append",
+    "compact",
     "conditioned",
     "ensure_flow",
     "extend",

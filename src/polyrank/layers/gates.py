@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from polyrank.errors import ConfigError, MergeError
 from polyrank.layers.linear import AdaptedLinear
-from polyrank.layers.views import View
+from polyrank.layers.views import View, wide
 
 
 class GateStatistics:
     """Sums over tokens of one layer's gates.
 
     Attributes:
-        gate: (columns of B,) sum of the gates, fp64.
-        chosen: (columns of B,) number of tokens whose gate is not zero, fp64.
+        gate: (ranks,) sum of the gates, those of the bank first, fp64.
+        chosen: (ranks,) number of tokens whose gate is not zero, fp64.
         tokens: number of real tokens seen.
     """
 
@@ -52,7 +52,10 @@ def gate_statistics(
         MergeError: if a core has no gates.
         ConfigError: if the batches reach some layer with no token.
     """
-    found = [GateStatistics(view.core.widths[1]) for view in views]
+    found = [
+        GateStatistics(view.core.widths[1] + (0 if view.bank is None else view.bank[0].shape[0]))
+        for view in views
+    ]
     for view in views:
         if not has_gates(view):
             raise MergeError(
@@ -91,7 +94,9 @@ class _Watch:
         A, _, core, _ = view.factors(flow)
         rows = core.rows()
         z = None if rows is None else F.linear(x.float(), rows.float())
-        gates = cast("Any", core).gates_of(F.linear(x, A.to(x.dtype)), z).double().cpu()
+        # A gate may read h itself, as the operator forms it for gates: not rounded.
+        h = F.linear(wide(x), A.to(wide(x).dtype))
+        gates = cast("Any", core).gates_of(h, z).double().cpu()
         self.stats.gate += gates.sum(0)
         self.stats.chosen += (gates != 0).double().sum(0)
         self.stats.tokens += len(x)

@@ -77,15 +77,32 @@ def append(
     adapter: str | None = None,
     seed: int = 0,
     key: str = "append",
+    force: bool = False,
 ) -> None:
     """Freeze the live ranks into the bank and give every layer r fresh ones (None: as many).
 
-    The new starting values are keyed by (seed, adapter, path, key, ranks in the bank).
+    The new starting values are keyed by (seed, adapter, path, key, ranks in the bank). The scale of
+    a layer stays as it is, so that frozen ranks keep theirs.
+
+    Args:
+        model: a PEFT model with a polyrank adapter.
+        r: new ranks of every layer.
+        adapter: its name; None is the active one.
+        seed: key of the new starting values.
+        key: word that makes these starting values differ from others of the same seed.
+        force: grow although the live ranks are untrained and would compete with all others.
 
     Raises:
-        ConfigError: if a core cannot stand behind a bank, before anything changes.
+        ConfigError: if a core cannot stand behind a bank, or what it weighs would compete with
+            ranks that were never trained; before anything changes.
     """
     found = adapter_of(model, adapter)
+    competing = any(view.core.competing for view in found.layers)
+    if competing and not force and not any(view.B.detach().any() for view in found.layers):
+        raise ConfigError(
+            f"append: the live ranks of adapter {found.name!r} have no values yet, and frozen like "
+            "this they would only take weight from others; train them first, or pass force=True"
+        )
     if problems := [p for view in found.layers for p in _append_problems(view)][:1]:
         raise ConfigError(problems)
     for view in found.layers:
@@ -97,6 +114,10 @@ def append(
         core.banked(A.shape[0])
         with _rebuilt(view):
             layer, name = view.module, view.name
+            held = 0 if view.bank is None else view.bank[0].shape[0]
+            if view.order is not None:
+                view.order = view.owners[:held] + [len(view.segments)] * (A.shape[0] - held)
+            view.segments = [*_grown(view, held), A.shape[0] - held]
             if view.archive is not None and not view.absorbed:
                 # It acted as a part of the bank, and is one now.
                 layer.forget(name, ("polyrank_archive",))
@@ -110,8 +131,19 @@ def append(
         _note(model, view)
 
 
+def _grown(view: View, held: int) -> list[int]:
+    """Return the growths of a bank; an archive that acts as a part of it is the first one."""
+    archived = held - sum(view.segments)
+    return [archived, *view.segments] if archived else view.segments
+
+
 def _append_problems(view: View) -> Iterator[str]:
     core = view.core
+    if view.evaluating:
+        yield (
+            f"append: adapter {view.name!r} was compacted for evaluation and cannot be trained on; "
+            "grow the adapter as it was before"
+        )
     if core.widths[0] != core.widths[1]:
         yield (
             f"append: the core {type(core).__name__} maps {core.widths[0]} to {core.widths[1]} "
@@ -190,6 +222,7 @@ def absorb(
         if had_bank:
             with _rebuilt(view):
                 layer.polyrank_core[view.name] = view.method.core(view.site)
+            view.segments, view.order = [], None
         _note(model, view)
     redraw(model, adapter=found.name, seed=seed, key=key)
 

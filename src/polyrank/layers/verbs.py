@@ -255,6 +255,7 @@ def _mean_deltas(
     deltas = []
     for layer, stats in zip(layers, gate_statistics(model, layers, batches), strict=True):
         A, B, _, _ = layer.factors(layer.module.flow)
-        gate = stats.mean().to(B.device, torch.float32)
+        # Ranks without a value stand first: they have a gate, and no column of B.
+        A, gate = A[-B.shape[1] :], stats.mean()[-B.shape[1] :].to(B.device, torch.float32)
         deltas.append(layer.scale * (B.detach().float() * gate) @ A.detach().float())
     return deltas

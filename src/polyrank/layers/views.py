@@ -93,6 +93,11 @@ class View(Layer):
         # Of updates absorbed into the base: how to know that base again, and whether it is here.
         self.witness: dict[str, Any] | None = None
         self.absorbed = False
+        # Of the bank: ranks of each growth, and once ranks have changed places whose each one is.
+        self.segments: list[int] = []
+        self.order: list[int] | None = None
+        # Values were dropped that only training reads.
+        self.evaluating = False
 
     @property
     def A(self) -> nn.Parameter:  # type: ignore[override]
@@ -120,6 +125,13 @@ class View(Layer):
             return found[0] if found else None
         (A, B), (more_A, more_B) = found
         return torch.cat([A, more_A]), torch.cat([B, more_B], dim=1)
+
+    @property
+    def owners(self) -> list[int]:  # type: ignore[override]
+        """Of which growth each rank of `factors` is, from 0; the live ones come last."""
+        held = [n for n, size in enumerate(self.segments) for _ in range(size)]
+        held = held if self.order is None else list(self.order)
+        return [*held, *[len(self.segments)] * self.A.shape[0]]
 
     @property
     def archive(self) -> tuple[Tensor, Tensor] | None:
@@ -183,6 +195,11 @@ class View(Layer):
         """Return y plus this adapter's update for the input x."""
         A, B, core, live_from = self.factors(flow)
         scale = self.scale
+        if self.evaluating and flow.live(core.training):
+            raise ConfigError(
+                f"training at {self.site.path}: the adapter was compacted for evaluation and lacks "
+                "values that training reads; train the adapter as it was before"
+            )
         if (portion := core.portion()) is not None:
             A, B, live_from, scale = _part(A, B, portion, live_from, scale)
         if (gain := core.base_gain()) is not None:

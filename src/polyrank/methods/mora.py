@@ -1,0 +1,174 @@
+"""MoRA (MoRAM): ranks that select themselves, from a bank that grows by r ranks a task.
+
+Idea: a rank is a memory, its row of A the key and its column of B the value; how strongly a token
+    answers to the key decides how much of the value is read, so that no router is needed and the
+    ranks of old tasks, frozen, stay within reach. Not MoRA "High-Rank Updating", arXiv:2405.12130.
+Maths: z = A x over all R = r t ranks, s = z / max(‖z‖, eps), w = softmax(s / tau) over the k
+    largest s, 0 elsewhere and, in evaluation, where s < delta (not normalised again);
+    y = W x + b + c · B (w ⊙ z). The r ranks of the task train; a task begins by freezing the last
+    ones and adding r: A Kaiming uniform, B = 0. k below 2 counts as 2: with one rank w = 1, and
+    nothing teaches the selection.
+Source: arXiv:2506.21035, eq. 1–6, and both released programs: presets "x-tail" and "trace".
+Differs from the released code: frozen ranks keep c, and no evaluation holds untrained ranks; their
+    program for language models halves a task that has ended and grows when it saves
+    (`released=True`).
+Limits: no merge. Growing changes answers at once although B = 0: new keys enter norm, choice and
+    softmax, and with R a given tau weighs more evenly. Cost: r (d_in + d_out) a task and layer,
+    all of them kept; time is linear in R.
+Status: formula, growth and resumption tested; the paper's figures not verified.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from polyrank.frame import SCALINGS, Boundary, Core, Flow, Method, Site, register
+from polyrank.ops.rank_gate import Epilogue, gate
+from polyrank.parts.boundaries import Append
+
+logger = logging.getLogger(__name__)
+
+
+class SelfGate(Core):
+    """φ(z) = w(z) ⊙ z: every rank weighs itself among all of them, those of the bank included.
+
+    Args:
+        r: live ranks.
+        k: ranks that a token keeps; what exceeds the ranks there are is cut.
+        tau: temperature, > 0.
+        delta: least s of a kept rank in evaluation, in [0, 1].
+        eps: lower bound of ‖z‖, > 0.
+        fading: factor of the values of ranks that are frozen.
+    """
+
+    merges = "never"
+    epilogue = "self"
+    competing = True
+
+    def __init__(
+        self, r: int, *, k: int, tau: float, delta: float, eps: float, fading: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.widths, self.fading = (r, r), fading
+        self.learning = Epilogue(kind="self", k=max(k, 2), tau=tau, eps=eps)
+        self.serving = Epilogue(kind="self", k=max(k, 2), tau=tau, delta=delta, eps=eps)
+
+    def banked(self, ranks: int) -> None:
+        """Frozen ranks compete like the live ones; nothing has to be counted."""
+
+    def settle(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors as they are, but for what `fading` takes from B."""
+        return A, B * self.fading if self.fading != 1 else B
+
+    def fused(self) -> Epilogue:
+        """Return the operator's form; the threshold belongs to evaluation."""
+        return self.learning if self.training else self.serving
+
+    def gates_of(self, h: Tensor, z: Tensor | None) -> Tensor:
+        """Return w (*, R) in fp32 for h = A x."""
+        return gate(h if h.dtype == torch.float64 else h.float(), None, self.fused())
+
+    def forward(self, h: Tensor, z: Tensor | None, flow: Flow) -> Tensor:
+        """Return w ⊙ h."""
+        return (self.gates_of(h, z) * h).to(h.dtype)
+
+    def unreachable(self, A: Tensor) -> Tensor:
+        """Return which ranks, (R,) bool, no x lifts to s >= delta.
+
+        z lies in the column space of A, and over it max s_i = ‖P e_i‖ = √h_i with the projector
+        P = A (AᵀA)⁺ Aᵀ and h_i = P_ii, the leverage of key i: rank i is out of reach if
+        h_i < delta². The margin covers arithmetic in fp32, not keys rounded to bf16.
+        """
+        U, S, _ = torch.linalg.svd(A.double(), full_matrices=False)
+        # Directions that rounding alone made are counted: they raise the leverage, never lower it.
+        nothing = S.max() * max(A.shape) * torch.finfo(torch.float64).eps
+        leverage = U[:, S > nothing].square().sum(1)
+        return leverage.sqrt() < self.serving.delta * (1 - 1e-3) - 1e-5
+
+
+@functools.cache
+def _say_clipped(k: int, r: int) -> None:
+    logger.info("mora: k=%d exceeds r=%d; until the bank has grown every rank is kept", k, r)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class SelfActivatedRanks(Method):
+    """Self-activated sparse mixture of ranks.
+
+    Args:
+        r: ranks of a task.
+        k: ranks that a token keeps out of all there are, >= 1; None keeps as many as a task has.
+        tau: temperature of the softmax over kept ranks, > 0; 0.01 to 0.1 are common.
+        delta: threshold on s in evaluation, in [0, 1]; 0 switches it off, up to 0.3 is common.
+        eps: lower bound of the norm, > 0; one program has 1e-12, the other 1e-8.
+        alpha: numerator of the scaling c.
+        scaling: of c; "alpha" takes it as it is.
+        strict: whether k = 1 is an error, or counts as 2 as in both programs.
+        released: whether frozen ranks lose c and ranks are added as soon as a task ends, as in the
+            program for language models.
+    """
+
+    r: int = 16
+    k: int | None = None
+    tau: float = 0.01
+    delta: float = 0.2
+    eps: float = 1e-12
+    alpha: float = 1.0
+    scaling: str | float = "alpha"
+    strict: bool = False
+    released: bool = False
+
+    merges = "never"
+    needs = frozenset({"boundary"})
+    scalings: ClassVar = tuple(word for word in SCALINGS if word != "alpha/k")
+    presets: ClassVar = {
+        "x-tail": {"r": 16, "k": 16, "tau": 0.01, "delta": 0.2, "alpha": 1.0},
+        "trace": {
+            "r": 8, "k": 8, "tau": 0.03, "delta": 0.2, "eps": 1e-8, "alpha": 2.0, "dropout": 0.1
+        },
+    }  # fmt: skip
+
+    def problems(self) -> Iterator[str]:
+        """Check the gate."""
+        if self.k is not None:
+            least = 2 if self.strict else 1
+            if not isinstance(self.k, int) or isinstance(self.k, bool):
+                yield f"k: got {self.k!r}, expected an integer, or null for as many as r"
+            elif self.k < least:
+                yield f"k: got {self.k}, expected >= {least}; one rank alone teaches no selection"
+        if not self.tau > 0:
+            yield f"tau: got {self.tau}, expected > 0; 0.01 to 0.1 are common"
+        if not 0 <= self.delta <= 1:
+            yield f"delta: got {self.delta}, expected 0..1; it bounds a cosine, 0 switches it off"
+        if not self.eps > 0:
+            yield f"eps: got {self.eps}, expected > 0; use 1e-12"
+
+    def core(self, site: Site) -> Core:
+        """Return the gate of one layer."""
+        k = site.r if self.k is None else self.k
+        if k > site.r:
+            _say_clipped(k, site.r)
+        fading = 1 / self.scale(site) if self.released else 1.0
+        return SelfGate(
+            site.r, k=k, tau=self.tau, delta=self.delta, eps=self.eps, fading=fading
+        )  # fmt: skip
+
+    def boundary(self) -> Boundary:
+        """Freeze the last task's ranks and add new ones."""
+        return Append("mora", self.r, early=self.released)
+
+    @classmethod
+    def samples(cls) -> list[Method]:
+        """Sparse, with a threshold; as released for language models."""
+        return [
+            cls(r=4, k=3, tau=0.1, delta=0.2),
+            cls(r=4, k=8, tau=0.3, alpha=2.0, dropout=0.1, released=True),
+        ]
