@@ -18,6 +18,7 @@ from polyrank.frame import Core, Flow, Method, Site, keyed
 from polyrank.layers.archive import holds
 from polyrank.layers.compat import check_adapters_to_merge, in_out_features
 from polyrank.layers.fused import Sharing, through
+from polyrank.layers.fused import Sharing, through
 from polyrank.layers.trainability import DeclaredTrainability
 from polyrank.layers.views import Factor, Frozen, View, wide
 
@@ -74,6 +75,7 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
             setattr(self, name, nn.ModuleDict())
         self.flow = flow
         self.views: dict[str, View] = {}
+        self.sharing = Sharing()
         self.sharing = Sharing()
         self.transposed = type(base_layer).__name__ == "Conv1D"
         self.in_features, self.out_features = cast("tuple[int, int]", in_out_features(base_layer))
@@ -274,6 +276,8 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
                 f"input of {path}: got {x.dtype}, expected float32, bfloat16, float16 or float64; "
                 "embed or cast it before the layer"
             )
+        if flow.plain and not (args or kwargs) and (fast := through(self, x, flow)) is not None:
+            return fast
         if flow.plain and not (args or kwargs) and (fast := through(self, x, flow)) is not None:
             return fast
         y = self.base_layer(x, *args, **kwargs)

@@ -5,7 +5,7 @@ picks one: auto (default), naive, eager or triton; a forced path that cannot run
 """
 
 import os
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from polyrank.ops.philox import Word
 from polyrank.ops.rank_gate import eager, naive
 from polyrank.ops.rank_gate.epilogue import Epilogue
 from polyrank.ops.rank_gate.naive import gate
+from polyrank.ops.rank_gate.projection import Projection, gains, installed, owned
 from polyrank.ops.rank_gate.selection import NonFiniteError
 
-__all__ = ["Epilogue", "NonFiniteError", "gate", "rank_gate"]
+__all__ = ["Epilogue", "NonFiniteError", "Projection", "gate", "linears", "owned", "rank_gate"]
 
 _PATHS = ("auto", "naive", "eager", "triton")
 
@@ -90,6 +91,27 @@ def rank_gate(
         return naive.rank_gate(*inputs, count=count)
 
 
+def linears(
+    x: Tensor,
+    projections: Sequence[Projection],
+    dropout: float = 0.0,
+    seed: Word = 0,
+    mask: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """x Wᵀ + b + update of frozen linear layers that share x, by kernels; see `rank_gate`.
+
+    The base product adds onto the update, and the gradient of x is gathered in one buffer, so that
+    neither passes through memory for its own sake. W and b get no gradient; x has the dtype of W.
+    To be called where `owned` says so.
+
+    Returns:
+        The outputs and the counts, one of each a layer.
+    """
+    from polyrank.ops.rank_gate import triton
+
+    return triton.linears(x, projections, dropout, seed, mask)
+
+
 def _path(x: Tensor, r: int, shadow: Any) -> str:
     """The path that `POLYRANK_OPS` asks for; with auto kernels where they gain."""
     path = os.environ.get("POLYRANK_OPS", "auto")
@@ -97,10 +119,10 @@ def _path(x: Tensor, r: int, shadow: Any) -> str:
         guess = nearest(path, _PATHS) or " unset it"
         raise ConfigError(f"POLYRANK_OPS: got {path!r}, expected one of {_PATHS};{guess}")
     if path == "auto":
-        return "eager"
+        path = "triton" if shadow is None and gains(x, r) else "eager"
     if path != "triton":
         return path
-    if not find_spec("triton"):
+    if not installed():
         raise ConfigError(
             "POLYRANK_OPS: got 'triton', but Triton is not installed; unset it, or install a torch "
             "that brings Triton"

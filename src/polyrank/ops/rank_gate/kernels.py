@@ -223,15 +223,14 @@ def inner(
     tile, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
     t, cols = _rows(tile, BM, T), tl.arange(0, R)
     heard = (cols >= silent) & (cols < r)
-    column = tl.where(heard, cols - silent, 0)
     u = tl.zeros((BM, R), tl.float32)
     share = tl.cdiv(tl.cdiv(N, BK), SPLIT)
     for step in range(part * share, tl.minimum((part + 1) * share, tl.cdiv(N, BK))):
         n = step * BK + tl.arange(0, BK)
         ok = (n < N) if not EVEN else (n >= 0)
         tile_y = tl.load(dy + t[:, None] * sy + n[None, :], mask=ok[None, :], other=0.0)
-        at = B + n[:, None] * sbn + column[None, :] * sbr
-        tile_B = tl.load(at, mask=ok[:, None], other=0.0)
+        at = B + n[:, None] * sbn + (cols - silent)[None, :] * sbr
+        tile_B = tl.load(at, mask=ok[:, None] & heard[None, :], other=0.0)
         u = tl.dot(tile_y, tile_B.to(tile_y.dtype), u, input_precision=PRECISION)
     ends = True
     if SPLIT > 1:

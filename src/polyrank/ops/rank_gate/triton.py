@@ -8,7 +8,7 @@ raises for them, forward never waits for the device.
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,25 +17,11 @@ from torch.autograd.function import once_differentiable
 from polyrank.ops.philox import Word
 from polyrank.ops.rank_gate import eager, fused, launch
 from polyrank.ops.rank_gate.epilogue import Epilogue
+from polyrank.ops.rank_gate.projection import Projection
 from polyrank.ops.rank_gate.selection import MESSAGE, NonFiniteError
 
 MOST_RANKS = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Projection(NamedTuple):
-    """A frozen linear layer (W (d_out, d_in), its bias) and what adapts it; see `rank_gate`."""
-
-    W: Tensor
-    b: Tensor | None
-    A: Tensor
-    rows: Tensor | None
-    B: Tensor
-    epilogue: Epilogue
-    scale: float
-    live_from: int = 0
-    row_scale: Tensor | None = None
-    counts: bool = False
 
 
 def problems(x: Tensor, r: int, shadow: Any) -> list[str]:

@@ -1,0 +1,218 @@
+"""Times the rank gate's kernels alone, over sizes of their tiles, beside what torch has for them.
+
+    python bench/rank_gate_tiles.py --out tiles.csv [--kernels read,write] [--tokens 8192] [--d 4096]
+    python bench/rank_gate_tiles.py --compile 3/12     # fills Triton's cache, for one of 12 processes
+
+Times are medians of CUDA graph replays over four sets of buffers, together larger than the L2 cache.
+"""
+
+import argparse
+import csv
+import itertools
+import statistics
+
+import torch
+
+from polyrank.ops.rank_gate import launch, tiles
+
+SETS = 4
+
+
+def median_us(work, sets=SETS, replays=12):
+    """Median time of work(i), i rotating over sets of buffers, in microseconds."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for i in range(sets):
+            work(i)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(2):
+                for i in range(sets):
+                    work(i)
+        times = []
+        for _ in range(replays + 2):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / (2 * sets))
+    return statistics.median(times[2:])
+
+
+class Data:
+    """Four sets of what the passes read and write; r ranks, a router."""
+
+    def __init__(self, T, d, n, r):
+        rng = torch.Generator("cuda").manual_seed(0)
+
+        def draw(*shape, dtype=torch.bfloat16):
+            return torch.randn(*shape, generator=rng, device="cuda").to(dtype)
+
+        self.x = [draw(T, d) for _ in range(SETS)]
+        self.y = [draw(T, n) for _ in range(SETS)]
+        self.d = [draw(T, 2 * r) for _ in range(SETS)]
+        self.q = [draw(T, r) for _ in range(SETS)]
+        self.W = draw(n, d) / d**0.5
+        self.t = launch.Tensors(
+            draw(r, d, dtype=torch.float32) / 64, draw(r, d, dtype=torch.float32) / 64,
+            draw(n, r, dtype=torch.float32), None, torch.zeros(r, device="cuda"),
+        )  # fmt: skip
+        self.AW = draw(2 * r, d) / 64
+        self.B = draw(n, r)
+        self.bf = launch.Packed(self.AW, self.B, None)
+        self.kept = draw(T, r, dtype=torch.float32)
+        self.out_k = torch.empty(2 * r, d, device="cuda")
+        self.out_v = torch.empty(n, r, device="cuda")
+
+
+def member(kind, k=8):
+    return launch.Member(kind, k, 1, False, 8.0, 1e-30, 1.0, 0.0, 1e-12, 2.0, 0, False)
+
+
+def works(D, r):
+    """Name → (function of a buffer's number, kind of tile)."""
+    gate, plain = member("sigmoid"), member("none")
+    key = {"mask": None, "dropout": 0.0, "seed": 0}
+
+    def read(m, keep):
+        t = D.t if m.linear else D.t._replace(rows=None, bias=None)
+        return lambda i: launch.read(m, t, D.x[i], D.bf, keep=keep, **key)
+
+    def inner(m):
+        t = D.t if m.linear else D.t._replace(rows=None, bias=None)
+        return lambda i: launch.inner(
+            m, t, D.y[i], D.B, launch.Read(D.q[i], D.q[i], D.kept), D.d[i], D.q[i]
+        )
+
+    return {
+        "read-router": (read(gate, True), "read"),
+        "read-plain": (read(plain, True), "read"),
+        "inner-router": (inner(gate), "read"),
+        "inner-plain": (inner(plain), "read"),
+        "write-y": (lambda i: launch.write(D.y[i], D.q[i], D.B.t(), 2.0), "write"),
+        "write-dx": (lambda i: launch.write(D.x[i], D.d[i], D.AW, 1.0), "write"),
+        "add-y": (lambda i: launch.write(D.y[i], D.q[i], D.B.t(), 2.0, base=D.y[i]), "write"),
+        "add-dx": (lambda i: launch.write(D.x[i], D.d[i], D.AW, 1.0, base=D.x[i]), "write"),
+        "outer-B": (lambda i: launch.outer(D.y[i], D.q[i], D.out_v, 2.0), "outer"),
+        "outer-AW": (lambda i: launch.outer(D.x[i], D.d[i], D.out_k.t(), 1.0), "outer"),
+        "outer-A": (lambda i: launch.outer(D.x[i], D.q[i], D.out_k[:r].t(), 1.0), "outer"),
+        "pack": (lambda i: launch.pack(gate, D.t, D.AW), ""),
+    }
+
+
+def torch_works(D, r):
+    """The same passes, and the base product, by torch."""
+    Wt = D.W.t()
+    return {
+        "torch base": lambda i: torch.mm(D.x[i], Wt, out=D.y[i]),
+        "torch base, beta=1": lambda i: D.y[i].addmm_(D.x[i], Wt),
+        "torch dx base": lambda i: torch.mm(D.y[i], D.W, out=D.x[i]),
+        "torch dx base, beta=1": lambda i: D.x[i].addmm_(D.y[i], D.W),
+        "torch read": lambda i: torch.mm(D.x[i], D.AW.t()),
+        "torch write-y": lambda i: torch.mm(D.q[i], D.B.t(), out=D.y[i]),
+        "torch write-dx": lambda i: torch.mm(D.d[i], D.AW, out=D.x[i]),
+        "torch add-y": lambda i: D.y[i].addmm_(D.q[i], D.B.t()),
+        "torch add-dx": lambda i: D.x[i].addmm_(D.d[i], D.AW),
+        "torch inner": lambda i: torch.mm(D.y[i], D.B),
+        "torch outer-B": lambda i: torch.mm(D.q[i].t(), D.y[i]),
+        "torch outer-AW": lambda i: torch.mm(D.d[i].t(), D.x[i]),
+        "torch copy of y": lambda i: D.y[i].copy_(D.y[(i + 1) % SETS]),
+        "torch y += y": lambda i: D.y[i].add_(D.y[(i + 1) % SETS]),
+        "torch x.float()": lambda i: D.x[i].float(),
+    }
+
+
+GRID = {
+    "read": [
+        (64, 64, 1, 4, 4), (64, 64, 1, 4, 6), (64, 128, 1, 4, 3), (64, 128, 1, 4, 4),
+        (64, 128, 1, 8, 3), (64, 64, 2, 4, 4), (64, 64, 2, 4, 3), (128, 64, 1, 8, 4),
+        (128, 64, 2, 8, 3), (128, 64, 2, 8, 4), (128, 64, 2, 4, 4), (128, 128, 2, 8, 2),
+        (128, 128, 2, 8, 3), (128, 64, 4, 8, 3), (128, 32, 2, 8, 5), (256, 64, 4, 8, 3),
+    ],
+    "write": [
+        (bm, bn, None, w, s)
+        for bm, bn in ((64, 128), (64, 256), (128, 128), (128, 256), (32, 256), (128, 64), (256, 64))
+        for w, s in ((4, 2), (8, 2))
+    ],
+    "outer": [
+        (bn, None, bt, split, w, s)
+        for bn, bt, w in ((64, 64, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8))
+        for split in (4, 8)
+        for s in (3, 4)
+    ],
+}  # fmt: skip
+
+
+def cases(D, r, only):
+    """(name, tile, function) of every kernel under every tile."""
+    for name, (work, grid) in works(D, r).items():
+        if only and not any(name.startswith(o) for o in only):
+            continue
+        for size in GRID.get(grid, [None]):
+            yield name, size, tiled(work, grid, size)
+
+
+def tiled(work, grid, size):
+    def run(i):
+        kept = tiles.read, tiles.write, tiles.outer
+        if grid == "read":
+            tiles.read = lambda *a: tiles.Tile(*size)
+        elif grid == "write":
+            tiles.write = lambda T, n, k, b: (*size[:2], min(128, tiles.padded(k)), *size[3:])
+        elif grid == "outer":
+            tiles.outer = lambda T, n, k, b: (size[0], min(128, tiles.padded(k)), *size[2:])
+        try:
+            return work(i)
+        finally:
+            tiles.read, tiles.write, tiles.outer = kept
+
+    return run
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--d", type=int, default=4096)
+    parser.add_argument("--out-features", type=int, default=0)
+    parser.add_argument("--r", type=int, default=64)
+    parser.add_argument("--kernels", default="")
+    parser.add_argument("--compile", default="")
+    parser.add_argument("--out", default="")
+    a = parser.parse_args()
+    D = Data(a.tokens, a.d, a.out_features or a.d, a.r)
+    every = cases(D, a.r, [k for k in a.kernels.split(",") if k])
+    if a.compile:
+        part, parts = map(int, a.compile.split("/"))
+        for name, size, work in itertools.islice(every, part, None, parts):
+            try:
+                work(0)
+            except Exception as error:
+                print(name, size, type(error).__name__, str(error)[:80])
+        return
+    found = []
+    if not a.kernels:
+        found += [(n, "", median_us(w)) for n, w in torch_works(D, a.r).items()]
+    for name, size, work in every:
+        try:
+            found.append((name, size, median_us(work)))
+        except Exception as error:
+            print(name, size, type(error).__name__, str(error)[:80])
+    best: dict = {}
+    for name, size, us in found:
+        best.setdefault(name, []).append((us, size))
+    for name, rows in best.items():
+        top = sorted(rows, key=lambda row: row[0])[:4]
+        print(f"{name:24}", "  ".join(f"{us:.1f} {size or ''}" for us, size in top))
+    if a.out:
+        with open(a.out, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("kernel", "tile", "us", "tokens", "d", "r", "device"))
+            device = torch.cuda.get_device_name()
+            for name, size, us in found:
+                writer.writerow((name, size, f"{us:.2f}", a.tokens, a.d, a.r, device))
+
+
+if __name__ == "__main__":
+    main()
