@@ -44,6 +44,7 @@ LONGER: dict[str, str] = {
     "src/polyrank/cli/run.py:command": "seventeen options, each with its help",
     "src/polyrank/engine/loop.py:run": "fifteen arguments, each explained",
     "src/polyrank/methods/moe_lora.py": "eleven published methods behind one set of options",
+    "src/polyrank/methods/sora.py": "twelve options, each explained, and two published settings",
 }
 
 

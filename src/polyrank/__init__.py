@@ -46,6 +46,7 @@ _HOMES = {
     "method": "polyrank.frame",
     "optimizer": "polyrank.parts.optimizer",
     "parameter_groups": "polyrank.layers",
+    "prune": "polyrank.parts.gates",
     "register": "polyrank.frame",
     "run": "polyrank.engine",
     "stream": "polyrank.streams",

@@ -19,6 +19,7 @@ from polyrank.parts import (
     ramp,
     routers,
     rules,
+    sparsify,
     transforms,
 )
 
@@ -41,5 +42,6 @@ __all__ = [
     "ramp",
     "routers",
     "rules",
+    "sparsify",
     "transforms",
 ]

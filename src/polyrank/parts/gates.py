@@ -240,8 +240,10 @@ class Shrinkage(Rule):
 
         Raises:
             ConfigError: if it does not.
+            RunError: if gates are not finite.
         """
         self.gates = FlatGates(adapter)
+        self.gates.check_finite()
         owned = [
             (id(p), group.get("weight_decay", 0.0))
             for group in optimizer.param_groups
