@@ -112,8 +112,10 @@ class Attachment:
 
     def step(self) -> Step:
         """Return where the current update stands."""
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        self.peak = max(self.peak, lr)
+        group = self.optimizer.param_groups[0]
+        lr = float(group["lr"])
+        # A schedule that warms up says beforehand how high it will rise.
+        self.peak = max(self.peak, lr, float(group.get("initial_lr", lr)))
         return Step(
             index=self.index,
             total=self.total,
