@@ -111,7 +111,10 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Where an update stands: `index` of `total`, from 0; `peak` is the highest rate so far."""
+    """Where an update stands: `index` of `total`, from 0.
+
+    `peak` is the highest rate so far, or the one that a schedule announced.
+    """
 
     index: int
     total: int
