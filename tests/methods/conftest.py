@@ -7,7 +7,7 @@ from torch import nn
 
 import polyrank as pr
 from polyrank.frame import ROLES, Out, Step, keyed
-from polyrank.layers import absorb, append, extend, grow_head, redraw, replica, view
+from polyrank.layers import absorb, append, extend, grow_head, redraw, replica, saved_of, view
 
 D_IN, WIDTH, PER_TASK = 6, 10, 2
 
@@ -124,6 +124,8 @@ class Bench:
         self.model.train()
         found = []
         for index in range(count):
+            # `out` passes by the model's root, whose forward would begin the update.
+            attached.begin()
             whole = self.rows(rows, seed=index)
             for part in torch.arange(rows).chunk(accumulation):
                 batch = {name: value[part] for name, value in whole.items()}
@@ -166,12 +168,15 @@ class Bench:
         absorb(self.model, lossy=lossy, archive=archive, seed=self.task)
         self.model.to(self.dtype)
 
-    def append(self, name, r):
+    def append(self, name, r=None):
         append(self.model, r, seed=1)
         self.model.to(self.dtype)
 
     def redraw(self):
         redraw(self.model, seed=1)
+
+    def saved(self):
+        return saved_of(self.model)
 
     def replica(self, name):
         replica(self.model, name)

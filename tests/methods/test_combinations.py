@@ -24,7 +24,13 @@ NEVER = {
     *((name, "joint") for name in ("agem", "der", "ewc", "featkd", "gem", "ilora")),
     *(("joint", name) for name in ("lwf", "masked", "replay")),
 }
-NEVER_WITH = {("olora", "absorb"), ("olora", "ilora"), ("smora", "absorb")}
+NEVER_WITH = {
+    ("codyra", "absorb"),
+    ("codyra", "ilora"),
+    ("olora", "absorb"),
+    ("olora", "ilora"),
+    ("smora", "absorb"),
+}
 
 
 def problems(method, *strategies):

@@ -6,6 +6,7 @@ from polyrank.parts import (
     catalogue,
     connect,
     consolidate,
+    contrast,
     cores,
     distil,
     fisher,
@@ -19,6 +20,7 @@ from polyrank.parts import (
     ramp,
     routers,
     rules,
+    settle,
     sparsify,
     transforms,
 )
@@ -29,6 +31,7 @@ __all__ = [
     "catalogue",
     "connect",
     "consolidate",
+    "contrast",
     "cores",
     "distil",
     "fisher",
@@ -42,6 +45,7 @@ __all__ = [
     "ramp",
     "routers",
     "rules",
+    "settle",
     "sparsify",
     "transforms",
 ]

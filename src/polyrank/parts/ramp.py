@@ -12,7 +12,7 @@ from torch import nn
 
 from polyrank.errors import ConfigError
 from polyrank.frame import Adapter, Step, Workshop
-from polyrank.parts.gates import FlatGates, Shrinkage, StaticGate, shrink, static_gates
+from polyrank.parts.gates import FlatGates, Shrinkage, StaticGate, kept_ranks, shrink, static_gates
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -72,6 +72,14 @@ def twin_ranks(adapter: Adapter) -> dict[str, int]:
         return {}
     counts = torch.stack([(v.core.get_parameter("twin") != 0).sum() for v in layers]).tolist()
     return {layer.site.path: count for layer, count in zip(layers, counts, strict=True)}
+
+
+def gate_figures(adapter: Adapter) -> dict[str, float]:
+    """Return means over layers: ranks kept, ranks that twins kept, and over gates: |g|."""
+    sizes = torch.cat([gate.detach().abs() for _, gate in static_gates(adapter)])
+    found = {"kept_ranks": kept_ranks(adapter), "twin_ranks": twin_ranks(adapter)}
+    means = {name: sum(ranks.values()) / len(ranks) for name, ranks in found.items()}
+    return {**means, "gate_size": float(sizes.mean())}
 
 
 class Ramp(Shrinkage):

@@ -1,0 +1,108 @@
+"""Texts that look for their images: the loss by hand, and what old classes have to do with it."""
+
+import pytest
+import torch
+
+import polyrank as pr
+from polyrank.engine.reading import ImageTextReader
+from polyrank.engine.reading.images import pixels_for
+from polyrank.errors import ConfigError
+from polyrank.frame import Out, keyed
+from polyrank.methods.masked import MaskedCrossEntropy
+from polyrank.parts.contrast import TextLoss, texts_to_images
+from polyrank.streams import Task
+from polyrank.testing import MODELS, assert_close
+
+N, C, OLD, D = 7, 6, 3, 5
+
+
+class Shop:
+    classes = tuple(range(OLD, C))
+
+
+def features():
+    rng = keyed("contrast")
+    images = torch.randn(N, D, generator=rng, dtype=torch.float64)
+    texts = torch.randn(C, D, generator=rng, dtype=torch.float64)
+    # Class 4 has no image here.
+    labels = torch.tensor([3, 5, 5, 3, 3, 5, 3])
+    unit = [f / f.norm(dim=1, keepdim=True) for f in (images, texts)]
+    return *unit, labels
+
+
+def by_hand(images, texts, labels, sigma=10.0):
+    rows = []
+    for c in range(len(texts)):
+        scores = sigma * (images @ texts[c])
+        log = scores - scores.logsumexp(0)
+        rows.append(-sum((log[n] for n in range(len(labels)) if labels[n] == c), torch.zeros(())))
+    return sum(rows) / len(rows)
+
+
+def test_codyra_10_each_text_looks_for_its_images():
+    images, texts, labels = features()
+    found = texts_to_images(10.0 * images @ texts.T, labels)
+    assert_close(found, by_hand(images, texts, labels))
+    assert found > 0
+
+
+def test_codyra_10_a_class_without_images_counts_and_says_nothing():
+    images, texts, labels = features()
+    before = texts_to_images(10.0 * images @ texts.T, labels)
+    for row in (0, 4):
+        other = texts.clone()
+        other[row] = -texts[1]
+        assert torch.equal(texts_to_images(10.0 * images @ other.T, labels), before)
+    fewer = texts_to_images(10.0 * images @ texts[1:].T, labels - 1)
+    assert_close(fewer, before * C / (C - 1))
+
+
+def test_codyra_10_old_classes_never_enter_the_other_half():
+    images, texts, labels = features()
+    texts.requires_grad_()
+    loss = MaskedCrossEntropy()
+    loss.bind(None, Shop())
+    logits = 10.0 * images @ texts.T
+    found = loss(Out(logits=logits), {"labels": labels})
+    (grad,) = torch.autograd.grad(found, texts, retain_graph=True)
+    assert not grad[:OLD].any()
+    assert grad[OLD:].abs().min() > 0
+    hidden = torch.cat([torch.full((N, OLD), -torch.inf), logits[:, OLD:].detach()], 1)
+    expected = torch.nn.functional.cross_entropy(hidden, labels, reduction="sum")
+    assert_close(found, expected)
+
+
+def test_a_label_of_another_task_is_refused():
+    images, texts, labels = features()
+    loss = TextLoss()
+    loss.bind(None, Shop())
+    out = Out(logits=10.0 * images @ texts.T)
+    assert torch.equal(loss(out, {"labels": labels}), texts_to_images(out.logits, labels))
+    with pytest.raises(ConfigError, match="symmetric: 1 of 7 rows have labels outside"):
+        loss(out, {"labels": torch.cat([labels[1:], torch.tensor([0])])})
+    with pytest.raises(ConfigError, match=r"polyrank\.run"):
+        loss.bind(None, None)
+
+
+def test_it_is_read_off_the_logits_of_a_clip_reader():
+    tiny = MODELS["clip"]
+    task = Task(
+        index=0, name="t", kind="image-text", labels=("cat", "dog"), classes=(0, 1),
+        prompt="a {label}.", data={"train": [], "test": []},
+    )  # fmt: skip
+    rng = keyed("pixels")
+    rows = [{"pixel_values": torch.randn(1, 8, 8, generator=rng), "label": i % 2} for i in range(5)]
+    model = pr.adapt(tiny.build(), pr.method("codyra", r=2), ".*(q_proj|v_proj)").train()
+    read = ImageTextReader(tiny.tokenizer(), pixels_for(tiny.build()), 16)
+    read.see(task)
+    batch = read.collate(rows)
+    out = read.forward(model, batch, frozenset({"logits"}))
+    found = texts_to_images(out.logits, batch["labels"])
+    base = model.get_base_model()
+    parts = base(**read.inputs(batch))
+    scale = base.logit_scale.exp()
+    assert_close(found, by_hand(parts.image_embeds, parts.text_embeds, batch["labels"], scale))
+    found.backward()
+    moved = {v.site.path: bool(v.B.grad.any()) for v in pr.adapter_of(model).layers}
+    assert len(moved) == 4
+    assert all(moved.values())
