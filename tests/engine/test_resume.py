@@ -26,6 +26,7 @@ SYSTEMS = {
     "ilora": ("lora", {"r": 2}, ["ilora"]),
     "absorb": ("lora", {"r": 2}, ["l2", "absorb"]),
     "olora": ("olora", {"r": 2}, []),
+    "mora": ("mora", {"r": 2}, []),
 }
 
 

@@ -13,7 +13,8 @@ Differs from the released code: frozen ranks keep c, and no evaluation holds unt
     program for language models halves a task that has ended and grows when it saves
     (`released=True`).
 Limits: no merge. Growing changes answers at once although B = 0: new keys enter norm, choice and
-    softmax, and with R a given tau weighs more evenly. Cost: r (d_in + d_out) a task and layer,
+    softmax, and with R a given tau weighs more evenly. A new rank that no token puts among its k
+    learns nothing; the vital sign `reached` tells. Cost: r (d_in + d_out) a task and layer,
     all of them kept; time is linear in R.
 Status: formula, growth and resumption tested; the paper's figures not verified.
 """
@@ -29,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from polyrank.frame import SCALINGS, Boundary, Core, Flow, Method, Site, register
+from polyrank.frame import SCALINGS, Adapter, Boundary, Core, Flow, Method, Site, register
 from polyrank.ops.rank_gate import Epilogue, gate
 from polyrank.parts.boundaries import Append
 
@@ -89,7 +90,7 @@ class SelfGate(Core):
         U, S, _ = torch.linalg.svd(A.double(), full_matrices=False)
         # Directions that rounding alone made are counted: they raise the leverage, never lower it.
         nothing = S.max() * max(A.shape) * torch.finfo(torch.float64).eps
-        leverage = U[:, S > nothing].square().sum(1)
+        leverage = U[:, S.gt(nothing)].square().sum(1)
         return leverage.sqrt() < self.serving.delta * (1 - 1e-3) - 1e-5
 
 
@@ -164,6 +165,13 @@ class SelfActivatedRanks(Method):
     def boundary(self) -> Boundary:
         """Freeze the last task's ranks and add new ones."""
         return Append("mora", self.r, early=self.released)
+
+    def vital_sign(self, adapter: Adapter) -> dict[str, float]:
+        """Return the size of B, and the share of live ranks that were ever chosen in training."""
+        found = super().vital_sign(adapter)
+        reached = [layer.B.detach().any(0).float().mean() for layer in adapter.layers]
+        found["reached"] = float(torch.stack(reached).mean()) if reached else 0.0
+        return found
 
     @classmethod
     def samples(cls) -> list[Method]:
