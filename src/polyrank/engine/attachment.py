@@ -83,7 +83,7 @@ class Attachment:
                 "build it from polyrank.parameter_groups(model, lr=...)"
             )
             return
-        found = self.adapter.method.groups(self.adapter, None)
+        found = self.adapter.method.grouping(self.adapter, None)
         served = {"adamw", *getattr(self.optimizer, "updates", ())}
         if strange := sorted({group.update for group in found} - served):
             yield (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from polyrank.frame.method import Method, Strategy
-from polyrank.frame.slots import PenaltyRule, Rule, conflicts
+from polyrank.frame.slots import Rule, conflicts
 
 
 def combination_problems(method: Method, strategies: Sequence[Strategy]) -> list[str]:
@@ -19,7 +19,7 @@ def _problems(method: Method, strategies: Sequence[Strategy]) -> Iterator[str]:
         yield f"strategies: {name!r} is given {names.count(name)} times; give it once"
     rules: list[Rule] = []
     for entry in (method, *strategies):
-        rules += [*entry.rules(), *(PenaltyRule(penalty) for penalty in entry.penalties())]
+        rules += entry.acting()
     yield from conflicts(rules)
     yield from _one_of([s.name for s in strategies if s.task_loss() is not None], "the task loss")
     yield from _one_of([s.name for s in strategies if s.replay() is not None], "the stored samples")

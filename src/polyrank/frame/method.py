@@ -13,6 +13,7 @@ from torch import Tensor
 
 from polyrank.errors import ConfigError, nearest
 from polyrank.frame.core import Core
+from polyrank.frame.lend import lending_problems, lent
 from polyrank.frame.plain import Identity, KaimingZero
 from polyrank.frame.site import Site
 from polyrank.frame.slots import (
@@ -127,7 +128,11 @@ class _Slots:
 
     def steered(self) -> bool:
         """Say whether training needs more than an optimiser over the trainable weights."""
-        return bool(self.rules() or self.losses() or self.penalties())
+        return bool(self.acting() or self.losses())
+
+    def acting(self) -> list[Rule]:
+        """Return all that acts at an update: rules, wrapped penalties, and what is lent."""
+        return [*self.rules(), *(PenaltyRule(p) for p in self.penalties())]
 
     def all_rules(self) -> list[Rule]:
         """Return rules and wrapped penalties in the order in which they run.
@@ -135,7 +140,7 @@ class _Slots:
         Raises:
             ConfigError: if two of them cannot work together.
         """
-        rules = [*self.rules(), *(PenaltyRule(p) for p in self.penalties())]
+        rules = self.acting()
         if found := conflicts(rules):
             raise ConfigError(found)
         return sorted(rules, key=lambda rule: (rule.order, rule.name))
@@ -147,6 +152,7 @@ class Method(_Slots):
 
     Class facts:
         scalings: the conventions that `scaling` may name, each one known to `scale`.
+        lendable: a part of {"init", "optim"}, what other methods may take of this one.
 
     Args:
         r: number of live ranks per layer, >= 1.
@@ -154,20 +160,26 @@ class Method(_Slots):
         scaling: "alpha/r", "alpha/sqrt(r)", "alpha/k", "alpha", or the number s itself.
         dropout: probability in [0, 1) of zeroing an input entry of A (and of the router) in
             training.
+        init_by: another method that lends its start, with options: "lora-ga:gamma=64"; "" for none.
+        optim_by: another method that lends its optimiser and rules, "altlora"; "" for none.
     """
 
     kind: ClassVar[str] = "method"
     scalings: ClassVar[tuple[str, ...]] = SCALINGS
+    lendable: ClassVar[frozenset[str]] = frozenset()
 
     r: int = 8
     alpha: float = 16.0
     scaling: str | float = "alpha/r"
     dropout: float = 0.0
+    init_by: str = ""
+    optim_by: str = ""
 
     def checks(self) -> list[str]:
         """Return all problems, those of the shared options included."""
         found = [*self._types(), *self._ranges()]
-        return [*found, *self._shared(), *self._own(bool(found))]
+        found = [*found, *self._shared(), *self._own(bool(found))]
+        return [*found, *lending_problems(self, sound=not found)]
 
     def _shared(self) -> Iterator[str]:
         if isinstance(self.r, int) and self.r < 1:
@@ -220,6 +232,37 @@ class Method(_Slots):
     def head(self, names: list[str], d: int) -> Head | None:
         """Return the classifier for `names` over d features, or None for the plain linear one."""
         return None
+
+    def starting(self) -> Init:
+        """Return the start that is used: its own, or that of the method which lends it."""
+        lender = lent(self, "init")
+        return self.init() if lender is None else lender.init()
+
+    def grouping(self, adapter: Adapter, args: Any = None) -> list[Group]:
+        """Return the groups that are used: its own, or those of the method which lends them."""
+        lender = lent(self, "optim")
+        return self.groups(adapter, args) if lender is None else lender.groups(adapter, args)
+
+    def acting(self) -> list[Rule]:
+        """Return all that acts at an update: rules, wrapped penalties, and what is lent."""
+        lender = lent(self, "optim")
+        return [*super().acting(), *(() if lender is None else lender.rules())]
+
+    def lends(self, what: str, to: Method) -> Iterator[str]:
+        """Yield why another method cannot take this one's start ("init") or optimiser ("optim")."""
+        word = {"init": "start", "optim": "optimiser"}[what]
+        if what not in self.lendable:
+            yield f"{self.name} has no {word} that stands alone"
+        elif type(to).core is not Method.core:
+            yield f"it holds for factors alone, and {to.name} has a core between A and B"
+        elif to.decides(what):
+            yield f"{to.name} has its own {word}"
+
+    def decides(self, what: str) -> bool:
+        """Say whether this method has a start ("init") or an optimiser ("optim") of its own."""
+        if what == "init":
+            return type(self).init is not Method.init
+        return type(self).groups is not Method.groups
 
     def boundary(self) -> Boundary:
         """Return the state machine of a task."""

@@ -7,7 +7,7 @@ its methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -126,16 +126,44 @@ class Step:
 
 
 class Init:
-    """Writes the starting values, before an optimiser exists and again after a redraw."""
+    """Writes the starting values, before an optimiser exists and again after a redraw.
+
+    A start that wants more than "weight" waits for `polyrank.initialise`, or for the engine, which
+    gathers at the begin of a task; until then the adapter answers as its base and refuses to train.
+
+    Attributes:
+        wants: a part of {"weight", "weight_grad", "input", "output", "rate"}: the base weight, the
+            gradient of the loss by the weight that acts, what goes in and comes out, and the
+            learning rate of the first update. `stat` holds them by these names.
+        reduction: "mean" of the batches' sums, or "sum", where every batch counts as often as its
+            loss has terms; `stat["count"]` then is the number of terms.
+        batches: how many batches to look at, at most; 0 for all that are given.
+        samples: how many rows to look at, exactly; 0 for all that are given.
+        training: whether the model is looked at in training mode, dropout included.
+        neutral: whether the adapted model starts as the base.
+    """
 
     wants: frozenset[str] = frozenset()
     reduction: str = "mean"
+    batches: int = 0
+    samples: int = 0
+    training: bool = True
     neutral: bool = True
+
+    def unfit(self, site: Site) -> Iterator[str]:
+        """Yield why a layer of such a shape cannot start like this."""
+        yield from ()
 
     def gather(
         self, site: Site, stat: dict[str, Tensor], seen: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Fold one batch of what `wants` named into fp32 sums (so that they can be all-reduced)."""
+        """Fold one pass through a layer into fp32 sums (so that they can be all-reduced).
+
+        `seen` has "weight_grad" (d_out, d_in) on the CPU, "input" (T, d_in) and "output" (T, d_out)
+        where they were. Left out, gradients are added up.
+        """
+        for name in seen.keys() & {"weight_grad"}:
+            stat[name] = stat[name].add_(seen[name]) if name in stat else seen[name]
         return stat
 
     def fill(self, layer: Layer, stat: dict[str, Tensor] | None, rng: torch.Generator) -> None:

@@ -170,7 +170,7 @@ def parameter_groups(
             "call set_adapter with its name"
         )
     groups = []
-    for group in found.method.groups(found, None):
+    for group in found.method.grouping(found, None):
         decay = weight_decay if group.weight_decay is None else group.weight_decay
         groups.append(
             {

@@ -39,6 +39,10 @@ class LoRA(Method):
         """LoRA+ needs its own groups."""
         return self.lr_ratio != 1 or super().steered()
 
+    def decides(self, what: str) -> bool:
+        """Only LoRA+ has groups of its own."""
+        return self.lr_ratio != 1 if what == "optim" else super().decides(what)
+
     def groups(self, adapter: Adapter, args: Any = None) -> list[Group]:
         """Give B its own rate."""
         if self.lr_ratio == 1:
