@@ -1,7 +1,5 @@
 """`polyrank export` as a user types it, from a run and from an adapter."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,15 +28,13 @@ def written(asked, results):
     folder.finish()
 
 
-def test_a_system_of_a_run_becomes_a_lora(tmp_path, run_results):
+def test_a_system_of_a_run_becomes_a_lora(capsys, run_results):
     case = Case(pr.method("lora", r=2, scaling="alpha"), 0, MODELS["vit"])
     model = case.build(head={"module": "classifier", "names": [*"abcd"]}, init_weights=False)
     written(*run_results)
     model.save_pretrained("run/adapters/other")
-    words = [sys.executable, "-m", "polyrank", "export", "run", "out", "--system", "other"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1:] == ["for a base with 4 classes: a, b, c, d", "out"]
+    said = called(capsys, "run", "out", "--system", "other").out
+    assert said.splitlines()[1:] == ["for a base with 4 classes: a, b, c, d", "out"]
     base = case.tiny.build()
     base.classifier = torch.nn.Linear(base.classifier.in_features, 4)
     loaded = PeftModel.from_pretrained(base, "out").eval()

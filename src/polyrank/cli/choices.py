@@ -10,9 +10,11 @@ from polyrank.cli.values import pairs
 from polyrank.errors import ConfigError
 
 if TYPE_CHECKING:
+    from polyrank.engine.recipe import Wanted
     from polyrank.engine.settings import Settings
     from polyrank.frame import Method, Strategy
 
+STREAM = "digits"
 # What fits the embedded model of width 64 in well under a minute.
 SMALL: dict[str, dict[str, Any]] = {"smora": {"r": 16, "k": 4}}
 
@@ -25,23 +27,48 @@ class Choice(NamedTuple):
     settings: Settings
 
 
-def choose(
+def asked(
+    *,
     method: str | None,
     file: Path | None,
     options: Sequence[str],
     strategies: Sequence[str],
+    stream: str | None,
+    model: str | None,
     train: Sequence[str],
-    *,
-    embedded: bool,
-    stream: str,
-    references: Sequence[str],
-) -> Choice:
+    target: Sequence[str] | None,
+    references: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    problems: list[str],
+) -> Wanted:
+    """Return what the words of a command line ask for; add to `problems` what is wrong with them.
+
+    A method file names the method, as its registered name is the file's.
+    """
+    from polyrank.engine.recipe import Wanted
+
+    named = [_collect(problems, strategy, word) for word in strategies]
+    brought = None if file is None else file.stem.lower().replace("_", "-")
+    return Wanted.model_construct(
+        method=method or brought,
+        stream=stream,
+        model=model,
+        options=_collect(problems, lambda: pairs(options, "--set")) or None,
+        strategies=tuple(each for each in named if each) or None,
+        train=_collect(problems, lambda: pairs(train, "--train")) or None,
+        target=targets(target),
+        references=None if references is None else tuple(w for w in references if w != "none"),
+        seeds=_collect(problems, lambda: unique(seeds)) if seeds else None,
+    )
+
+
+def choose(wanted: Wanted, file: Path | None, problems: list[str]) -> Choice:
     """Build method, strategies and settings, and look stream and references up.
 
     With the embedded model and no method named, the default takes options that fit its width.
 
     Raises:
-        ConfigError: naming every fault.
+        ConfigError: naming every fault, `problems` first.
     """
     from polyrank import frame
     from polyrank.engine.plan import unknown
@@ -49,19 +76,20 @@ def choose(
     from polyrank.streams import stream as find_stream
 
     name = frame.load_file(file).name if file is not None else "smora"
+    method = wanted.method
     if method is not None and file is not None and frame.slug(method) != name:
         raise ConfigError(
             f"method: --method says {method!r}, --method-file brings {name!r}; give one of the two"
         )
     name = frame.slug(method or name)
-    problems: list[str] = []
-    small = SMALL.get(name, {}) if embedded and method is None else {}
-    values = {**small, **(_collect(problems, lambda: pairs(options, "--set")) or {})}
-    made = _collect(problems, frame.method, name, **values)
-    settings = _collect(problems, lambda: Settings.build(pairs(train, "--train")))
-    combined = [_collect(problems, lambda word=word: strategy(word)) for word in strategies]
-    _collect(problems, find_stream, stream)
-    problems += unknown(references)
+    small = SMALL.get(name, {}) if wanted.model is None and method is None else {}
+    made = _collect(problems, frame.method, name, **{**small, **(wanted.options or {})})
+    settings = _collect(problems, lambda: Settings.build(wanted.train or {}))
+    combined = [
+        _collect(problems, frame.method, each, **given) for each, given in wanted.strategies or ()
+    ]
+    _collect(problems, find_stream, wanted.stream or STREAM)
+    problems += unknown(wanted.references or ())
     if made is not None and not isinstance(made, frame.Method):
         problems.append(f"method: {name!r} is a strategy; write --method lora --with {name}")
     problems += [
@@ -82,16 +110,14 @@ def _collect(problems: list[str], make: Callable[..., Any], /, *words: str, **va
         return None
 
 
-def strategy(word: str) -> Any:
-    """Build a strategy from NAME or NAME:OPTION=VALUE,OPTION=VALUE.
+def strategy(word: str) -> tuple[str, dict[str, Any]]:
+    """Return name and options out of NAME or NAME:OPTION=VALUE,OPTION=VALUE.
 
     Raises:
-        ConfigError: if it is none, or an option is wrong.
+        ConfigError: if an option is no pair.
     """
-    from polyrank import frame
-
     name, _, options = word.partition(":")
-    return frame.method(name, **pairs(options.split(","), "--with") if options else {})
+    return name, pairs(options.split(","), "--with") if options else {}
 
 
 def targets(words: Sequence[str] | None) -> list[str] | str | None:

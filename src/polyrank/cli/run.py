@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from polyrank.cli.choices import choose, repeated, targets, unique
+from polyrank.cli import recipes
+from polyrank.cli.choices import STREAM, asked, choose, repeated
 from polyrank.cli.outcome import show
 from polyrank.cli.values import TYPED
 
@@ -22,9 +23,15 @@ beside it.
   polyrank run --method smora --set r=32 k=4 --train epochs=5 lr=1e-3 --out runs/mine
   polyrank run --method lora --with replay:capacity=0.1,by=class --seed 0 1 2
   polyrank run --method-file my_method.py
+  polyrank run --recipe smora --train epochs=5
+
+A recipe is a YAML file that holds what these options say; options beside it go before, --set and
+--train one by one. Another --method takes none of the recipe's options. Recipes that come with
+polyrank: RECIPES.
 
 The same command again continues a run that was stopped.
 """
+HELP = HELP.replace("RECIPES", ", ".join(recipes.names()))
 Word = str | None
 Words = list[str] | None
 Place = Path | None
@@ -38,7 +45,9 @@ def command(
     with_: Annotated[
         Words, typer.Option("--with", help="Strategies to add: ewc, replay:capacity=0.1,by=class.")
     ] = None,
-    stream: Annotated[str, typer.Option(help="See `polyrank streams`; or a YAML file.")] = "digits",
+    stream: Annotated[
+        Word, typer.Option(help="See `polyrank streams`; or a YAML file.", show_default=STREAM)
+    ] = None,
     model: Annotated[
         Word,
         typer.Option(
@@ -54,6 +63,12 @@ def command(
     references: Annotated[
         Words, typer.Option(help="What to show beside it: sequential joint probe, or none.")
     ] = None,
+    recipe: Annotated[
+        Word, typer.Option(help="A YAML file with options of this command, or a recipe's name.")
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Run the recipe as short as it says, to try it.")
+    ] = False,
     method_file: Annotated[Place, typer.Option(help="A Python file with your own method.")] = None,
     seed: Annotated[
         list[int] | None, typer.Option(help="Key of every random draw; several make a run each.")
@@ -71,32 +86,37 @@ def command(
     ] = True,
 ) -> None:
     """Run, print the tables, write the report."""
+    problems: list[str] = []
+    words = asked(
+        method=method,
+        file=method_file,
+        options=set_ or [],
+        strategies=with_ or [],
+        stream=stream,
+        model=model,
+        target=target,
+        train=train or [],
+        references=references,
+        seeds=seed,
+        problems=problems,
+    )
+    wanted = recipes.wanted(recipe, smoke, words, problems)
+    chosen = choose(wanted, method_file, problems)
     from polyrank import engine
 
-    shown = None if references is None else [w for w in references if w != "none"]
-    chosen = choose(
-        method,
-        method_file,
-        set_ or [],
-        with_ or [],
-        train or [],
-        embedded=model is None,
-        stream=stream,
-        references=shown or [],
-    )
-    seeds = unique(seed or [0])
+    seeds = wanted.seeds or (0,)
     results = []
     for number in seeds:
         folder = out if len(seeds) == 1 or out is None else out / f"seed-{number}"
         results.append(
             engine.run(
-                model,
-                stream,
+                wanted.model,
+                wanted.stream or STREAM,
                 chosen.method,
                 strategies=chosen.strategies,
-                references=shown,
+                references=wanted.references,
                 train=chosen.settings,
-                target_modules=targets(target),
+                target_modules=wanted.target,
                 seed=number,
                 validate=validate,
                 out=folder,

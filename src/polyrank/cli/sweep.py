@@ -50,9 +50,9 @@ def command(
     ] = False,
 ) -> None:
     """Run what is left, write the tables, print them."""
-    from polyrank.cli import sweep_steps
+    from polyrank.cli import recipes, sweep_steps
 
-    path = sweep_steps.file_of(spec)
+    path = recipes.file_of(spec, sweeps=True)
     folder = Path("runs") / path.stem if out is None else out
     failed: list[str] = []
     if dry:

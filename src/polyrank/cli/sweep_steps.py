@@ -9,24 +9,6 @@ import typer
 from rich.console import Console
 from rich.measure import Measurement
 
-from polyrank.errors import ConfigError, nearest
-
-RECIPES = Path(__file__).parents[1] / "recipes"
-
-
-def file_of(spec: str) -> Path:
-    """Return the path of a file, or of the recipe of that name.
-
-    Raises:
-        ConfigError: if it is neither.
-    """
-    recipes = {path.stem: path for path in RECIPES.glob("sweep-*.yaml")}
-    if spec in recipes or Path(spec).suffix in (".yaml", ".yml"):
-        return recipes.get(spec, Path(spec))
-    known = ", ".join(sorted(recipes))
-    hint = nearest(spec, recipes) or " correct the name"
-    raise ConfigError(f"sweep: got {spec!r}, expected a YAML file or one of: {known};{hint}")
-
 
 def outline(path: Path, folder: Path, *, probe: bool) -> None:
     """Check a file and print what there is to do."""

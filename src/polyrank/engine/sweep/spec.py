@@ -16,13 +16,13 @@ Methods train alike: the stream, the settings and the seeds stand once for all o
 relative to the file.
 """
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
+from polyrank.engine.fields import Named, Seed, combined, distinct, layers, numbers
 from polyrank.engine.sweep.grid import Grid
 from polyrank.errors import ConfigError, StreamError, nearest
 from polyrank.streams.document import document
@@ -40,8 +40,6 @@ SCORES = (
 )
 VIEWS = ("unrestricted", "restricted")
 KEEP = ("best", "all")
-# YAML reads 1e-4 as text, since it wants a point.
-_NUMBER = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
 Fault = tuple[Key, str]
 
 
@@ -69,36 +67,7 @@ def _rates(value: Any) -> Any:
     return value
 
 
-def _strategies(value: Any) -> tuple[tuple[str, dict[str, Any]], ...]:
-    found: list[tuple[str, dict[str, Any]]] = []
-    for entry in value if isinstance(value, list) else [value]:
-        if isinstance(entry, str) and entry:
-            found.append((entry, {}))
-            continue
-        pair = list(entry.items()) if isinstance(entry, dict) else []
-        if len(pair) != 1 or not isinstance(pair[0][0], str) or not isinstance(pair[0][1], dict):
-            refuse(f"got {shown(entry)}, expected a name, or name: options; write [a, b: {{x: 1}}]")
-        found.append(pair[0])
-    return tuple(found)
-
-
-def _targets(value: Any) -> Any:
-    words = value if isinstance(value, list) and value else [value]
-    if any(not isinstance(word, str) or not word for word in words):
-        refuse(f"got {shown(value)}, expected names of layers; write all-linear, or [q, v]")
-    return value
-
-
-def _distinct(value: Any) -> Any:
-    if not isinstance(value, list) or not value:
-        refuse(f"got {shown(value)}, expected a list of at least one number; write [0, 1, 2]")
-    if double := [n for i, n in enumerate(value) if n in value[:i]]:
-        refuse(f"got {double[0]} twice, expected each once; leave one out")
-    return tuple(value)
-
-
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Rates(Model):
@@ -123,7 +92,7 @@ class Entry(Model):
 
     method: Word | None = None
     options: dict[str, Any] = Field(default_factory=dict)
-    strategies: Annotated[tuple[tuple[str, dict[str, Any]], ...], PlainValidator(_strategies)] = ()
+    strategies: Annotated[Named, PlainValidator(combined)] = ()
     lr: Annotated[Rates, BeforeValidator(_rates)] = Rates()
     lr_fixed_because: Word | None = None
 
@@ -131,8 +100,8 @@ class Entry(Model):
 class Axes(Model):
     """Other axes, each combined with every method and with each other."""
 
-    rank: Annotated[tuple[Count, ...] | None, BeforeValidator(_distinct)] = None
-    batch: Annotated[tuple[Count, ...] | None, BeforeValidator(_distinct)] = None
+    rank: Annotated[tuple[Count, ...] | None, BeforeValidator(distinct)] = None
+    batch: Annotated[tuple[Count, ...] | None, BeforeValidator(distinct)] = None
 
 
 class Probe(Model):
@@ -171,11 +140,11 @@ class Spec(Model):
     methods: dict[Word, Annotated[Entry, BeforeValidator(_empty)]] = Field(default_factory=dict)
     stream: Word = "digits"
     model: Word | None = None
-    target_modules: Annotated[str | list[str] | None, PlainValidator(_targets)] = None
+    target_modules: Annotated[str | list[str] | None, PlainValidator(layers)] = None
     lr: Annotated[Rates, BeforeValidator(_rates)] = Rates()
     lr_fixed_because: Word | None = None
     extend: bool = True
-    seeds: Annotated[tuple[Seed, ...], BeforeValidator(_distinct)] = SEEDS
+    seeds: Annotated[tuple[Seed, ...], BeforeValidator(distinct)] = SEEDS
     train: dict[str, Any] = Field(default_factory=dict)
     axes: Axes = Axes()
     baseline: Word | None = None
@@ -212,7 +181,7 @@ def load(path: Path) -> tuple[Spec, list[Fault], set[Key]]:
         ConfigError: if the file cannot be read or is no YAML.
     """
     try:
-        found = _numbers(document(path, "sweep"))
+        found = numbers(document(path, "sweep"))
     except StreamError as error:
         raise ConfigError(error.problems) from error
     spec, faults, silent = read_as(Spec, found, "methods", _keys)
@@ -227,14 +196,6 @@ def told(path: Path, faults: list[Fault]) -> list[str]:
     """Return faults as lines: file, key, message."""
     lines = (": ".join(part for part in (path.name, written(k), m) if part) for k, m in faults)
     return list(dict.fromkeys(lines))
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
 def _keys(where: Key) -> list[str]:
