@@ -239,7 +239,9 @@ def test_large_shapes(make, name, shape, dtype):
 @pytest.mark.parametrize("r", [1, 5, 33, 64, 100, 256])
 @pytest.mark.parametrize("kind", ["none", "sigmoid-b", "softmax", "self"])
 def test_ranks(make, kind, r):
-    case = make(kind, r=r, k=max(1, r // 3), dtype=torch.bfloat16, device="cuda", lead=(700,),
+    if r == 1 and kind in ("sigmoid-b", "softmax"):
+        pytest.skip("one active rank teaches a router nothing: its gradient is rounding")
+    case = make(kind, r=r, k=max(2, r // 3), dtype=torch.bfloat16, device="cuda", lead=(700,),
                 d_in=256, d_out=384)  # fmt: skip
     same(case, LOOSE)
 
@@ -260,11 +262,13 @@ def test_a_cuda_graph_replays_forward_and_backward(make, kind):
             grads = torch.autograd.grad(out.sum(), leaves)
     with torch.no_grad():
         case.x.copy_(torch.randn_like(case.x))
-    graph.replay()
+    with torch.cuda.stream(stream):
+        graph.replay()
+        expected, _ = case.call(rank_gate)
+        wanted = torch.autograd.grad(expected.sum(), leaves)
     torch.cuda.synchronize()
-    expected, _ = case.call(rank_gate)
     assert torch.equal(out, expected)
-    for one, other in zip(grads, torch.autograd.grad(expected.sum(), leaves), strict=True):
+    for one, other in zip(grads, wanted, strict=True):
         assert torch.equal(one, other)
 
 

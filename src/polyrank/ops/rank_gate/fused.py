@@ -148,7 +148,10 @@ def backward(
     dx: Tensor | None = None
     if needs.x:
         dx = torch.empty_like(flat_x, memory_format=torch.contiguous_format)
-        launch.write(dx, d, AW, gain, dropout=call.dropout, seed=seed)
+        if call.dropout or not launch.vendor(d):
+            launch.write(dx, d, AW, gain, dropout=call.dropout, seed=seed)
+        else:
+            torch.mm(d, AW, out=dx)
         if call.owned:
             for dy, (W, *_) in zip(dys, parts, strict=True):
                 if dy is not None:
@@ -182,7 +185,9 @@ def _key_gradients(
         for m, (*_, row_scale), need in zip(call.members, parts, needs.members, strict=True)
     )
     both = x.new_empty(d.shape[1], n, dtype=dtypes.pop()) if whole else None
-    if both is not None:
+    if both is not None and not call.dropout and launch.vendor(d):
+        both = launch.wide_mm(d.t(), x, both)
+    elif both is not None:
         launch.outer(x, d, both.t(), gain, **options)
     found, start = [], 0
     for i, (m, (_, _, t, _), part) in enumerate(zip(call.members, parts, scaled, strict=True)):

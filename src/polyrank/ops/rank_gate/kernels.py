@@ -92,8 +92,8 @@ def read(
     R: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr,
     IN_WEIGHT: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr,
     LINEAR: tl.constexpr, COUNT: tl.constexpr, MASK: tl.constexpr, DROP: tl.constexpr,
-    SEED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
-    BK: tl.constexpr, SPLIT: tl.constexpr,
+    SEED: tl.constexpr, JOIN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One read of x (T, d): h = x Aᵀ, z = x rowsᵀ, gates, q = g ⊙ h, counts."""
     tile, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
@@ -102,6 +102,8 @@ def read(
     rank = tl.where(live, cols, 0)
     h_acc = tl.zeros((BM, R), tl.float32)
     z_acc = tl.zeros((BM, R), tl.float32)
+    both = tl.zeros((BM, 2 * R if JOIN else R), tl.float32)
+    wide_rank = tl.arange(0, 2 * R if JOIN else R)
     key = _seed(seed, SEED) if DROP else 0
     share = tl.cdiv(tl.cdiv(d, BK), SPLIT)
     for step in range(part * share, tl.minimum((part + 1) * share, tl.cdiv(d, BK))):
@@ -110,12 +112,18 @@ def read(
         tile_x = tl.load(x + t[:, None] * sx + n[None, :], mask=ok[None, :], other=0.0)
         if DROP:
             tile_x = _dropped(tile_x, key, t, n, d, p)
-        tile_A = tl.load(A + rank[None, :] * sa + n[:, None], mask=ok[:, None], other=0.0)
-        h_acc = tl.dot(tile_x, tile_A.to(tile_x.dtype), h_acc, input_precision=PRECISION)
-        if LINEAR:
+        if JOIN:
+            tile_AW = tl.load(A + wide_rank[None, :] * sa + n[:, None], mask=ok[:, None], other=0.0)
+            both = tl.dot(tile_x, tile_AW.to(tile_x.dtype), both, input_precision=PRECISION)
+        else:
+            tile_A = tl.load(A + rank[None, :] * sa + n[:, None], mask=ok[:, None], other=0.0)
+            h_acc = tl.dot(tile_x, tile_A.to(tile_x.dtype), h_acc, input_precision=PRECISION)
+        if LINEAR and not JOIN:
             at = rows + (rank // BLOCK)[None, :] * sr + n[:, None]
             tile_W = tl.load(at, mask=ok[:, None], other=0.0)
             z_acc = tl.dot(tile_x, tile_W.to(tile_x.dtype), z_acc, input_precision=PRECISION)
+    if JOIN:
+        h_acc, z_acc = tl.split(tl.permute(tl.reshape(both, (BM, 2, R)), (0, 2, 1)))
     ends = True
     if SPLIT > 1:
         wide: tl.constexpr = BM * R * (2 if LINEAR else 1)

@@ -151,7 +151,9 @@ def read(
         R=R, K=R if m.k >= r else m.k, KIND=m.kind, BIAS=t.bias is not None,
         IN_WEIGHT=m.in_weight and t.bias is not None, CUT=m.delta > 0, BLOCK=block, KEEP=keep,
         LINEAR=m.linear, COUNT=counts is not q, MASK=mask is not None, DROP=dropout > 0,
-        SEED=isinstance(seed, Tensor), EVEN=d % tile.depth == 0, PRECISION=_precision(x.dtype),
+        SEED=isinstance(seed, Tensor), EVEN=d % tile.depth == 0,
+        JOIN=tiles.JOIN and factors is not None and m.linear and r == R,
+        PRECISION=_precision(x.dtype),
         BM=tile.rows, BK=tile.depth, SPLIT=tile.split, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
@@ -225,3 +227,17 @@ def outer(
 def _or(t: Tensor | None, other: Tensor) -> Tensor:
     """What a kernel gets where it will read nothing."""
     return other if t is None else t
+
+
+def vendor(left: Tensor) -> bool:
+    """Whether torch's own product of skinny matrices is the faster one."""
+    return left.is_cuda and left.element_size() == 2 and left.shape[0] >= 1024
+
+
+def wide_mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """The product a b in the dtype of `out`, fp32 where torch can, written into it or anew."""
+    if out.dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    if out.dtype == torch.float32 and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b).to(out.dtype)

@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+# One product with [A; rows] and not one with each.
+JOIN = True
+
 
 class Tile(NamedTuple):
     """What one program works on."""
@@ -40,7 +43,7 @@ def write(tokens: int, n: int, k: int, itemsize: int) -> tuple[int, int, int, in
         return 32, 64, 32, 4, 2
     if tokens <= 16:
         return 16, 64, min(_power(max(k, 16)), 128), 4, 2
-    return 64, 256, min(_power(max(k, 16)), 128), 8, 2
+    return 64, 128, min(_power(max(k, 16)), 128), 4, 2
 
 
 def outer(tokens: int, n: int, k: int, itemsize: int) -> tuple[int, int, int, int, int, int]:
@@ -48,5 +51,5 @@ def outer(tokens: int, n: int, k: int, itemsize: int) -> tuple[int, int, int, in
     bn, bk = (32, 32) if itemsize == 4 else (128, min(128, padded(k)))
     bt = 32 if itemsize == 4 else 64
     strips = -(-n // bn) * -(-k // bk)
-    split = max(1, min(16, -(-tokens // bt), 256 // strips))
-    return bn, bk, bt, split, 8 if bn * bk > 128 * 64 else 4, 4 if itemsize < 4 else 2
+    split = max(1, min(16, -(-tokens // bt), 128 // strips))
+    return bn, bk, bt, split, 8 if itemsize < 4 else 4, 4 if itemsize < 4 else 2

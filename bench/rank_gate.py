@@ -1,0 +1,195 @@
+"""Times one adapted linear layer on a GPU, beside the frozen layer and PEFT's LoRA.
+
+    python bench/rank_gate.py --out bench/results/rank_gate.csv [--cases main,wide] [--compile]
+
+Forward, and forward + backward (gradients of x and of all adapter weights), in bf16, weights of the
+adapters in fp32 unless said otherwise. A round runs every system in a new order; medians of rounds.
+The figure that counts is the time over that of the frozen layer, as a ratio to PEFT's within a run.
+"""
+
+import argparse
+
+import torch
+from common import NaiveMixture, Path_, adapted, filled, peak_mib, peft_lora, rounds_us, save
+from torch import nn
+
+import polyrank
+from polyrank.ops.rank_gate import Epilogue, naive, rank_gate
+
+# tokens, d_in, d_out, r, k
+CASES = {
+    "main": (8192, 4096, 4096, 64, 8),
+    "up": (8192, 4096, 11008, 64, 8),
+    "down": (8192, 11008, 4096, 64, 8),
+    "half": (8192, 2048, 2048, 64, 8),
+    "short": (2048, 4096, 4096, 64, 8),
+    "tiny": (512, 2048, 2048, 64, 8),
+    "r16": (8192, 4096, 4096, 16, 4),
+    "r256": (8192, 4096, 4096, 256, 16),
+}
+
+
+def gate():
+    """Refuse to time kernels that are wrong."""
+    rng = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=rng, device="cuda").bfloat16()
+
+    y, x, A, rows, B = draw(300, 512), draw(300, 256), draw(64, 256), draw(64, 256), draw(512, 64)
+    e = Epilogue(kind="linear", k=8)
+    found = Path_("triton", lambda: rank_gate(y, x, A, rows, B, e, 2.0)[0])().float()
+    expected = naive.rank_gate(*(t.float() for t in (y, x, A, rows, B)), e, 2.0)[0]
+    error = float((found - expected).norm() / expected.norm())
+    if not error < 1e-2:
+        raise SystemExit(f"the kernels are wrong: relative error {error}; nothing was timed")
+
+
+def systems(d, n, r, k, compiled):
+    """Name → (model, POLYRANK_OPS)."""
+
+    def base():
+        rng = torch.Generator("cuda").manual_seed(1)
+        layer = nn.Linear(d, n, bias=False, device="cuda", dtype=torch.bfloat16)
+        with torch.no_grad():
+            layer.weight.normal_(0, d**-0.5, generator=rng)
+        return nn.Sequential(layer)
+
+    frozen = base().requires_grad_(False)
+    lora, smora = polyrank.method("lora", r=r), polyrank.method("smora", r=r, k=k)
+    found = {
+        "base": (frozen, "auto"),
+        "peft bf16": (peft_lora(base(), r, ["0"], wide=False), "auto"),
+        "peft fp32": (peft_lora(base(), r, ["0"], wide=True), "auto"),
+        "naive mixture": (filled(NaiveMixture(base()[0].requires_grad_(False), r, k)), "auto"),
+        "smora eager": (adapted(base(), smora, ["0"]), "eager"),
+        "smora": (adapted(base(), smora, ["0"]), "triton"),
+        "lora eager": (adapted(base(), lora, ["0"]), "eager"),
+        "lora": (adapted(base(), lora, ["0"]), "triton"),
+    }
+    if compiled:
+        found |= {
+            "base compiled": (torch.compile(frozen), "auto"),
+            "peft bf16 compiled": (torch.compile(peft_lora(base(), r, ["0"], wide=False)), "auto"),
+            "smora compiled": (torch.compile(adapted(base(), smora, ["0"])), "triton"),
+            "lora compiled": (torch.compile(adapted(base(), lora, ["0"])), "triton"),
+        }
+    return found
+
+
+def step_of(model, xs, dy, backward):
+    """A function that runs the model once, on one input after the other."""
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    count = iter(range(10**9))
+
+    if hasattr(model, "peft_config") and "POLYRANK" in str(model.peft_config["default"].peft_type):
+        # Without an optimiser at hand a training forward waits for the device to see what changed.
+        polyrank.attach(torch.optim.AdamW(polyrank.parameter_groups(model, lr=0.0)), model)
+
+    def step():
+        x = xs[next(count) % len(xs)]
+        out = model(x)
+        if backward:
+            out.backward(dy)
+            x.grad = None
+            for p in leaves:
+                p.grad = None
+
+    return step
+
+
+def measure(name, args):
+    """Rows of one case."""
+    T, d, n, r, k = CASES[name]
+    models = systems(d, n, r, k, args.compile and name == "main")
+    xs = [torch.randn(T, d, device="cuda").bfloat16().requires_grad_() for _ in range(3)]
+    dy = torch.randn(T, n, device="cuda").bfloat16()
+    times = {}
+    for backward in (False, True):
+        steps = {}
+        for system, (model, path) in models.items():
+            model.train()
+            steps[system] = Path_(path, step_of(model, xs, dy, backward))
+        times[backward] = rounds_us(steps, args.rounds, args.inner)
+    peaks = {system: peak_mib(step) for system, step in steps.items()}
+    rows = []
+    for system in models:
+        ref = "base compiled" if system.endswith("compiled") else "base"
+        peft = "peft bf16 compiled" if system.endswith("compiled") else "peft bf16"
+        extra = times[True][system] - times[True][ref]
+        ratio = extra / (times[True][peft] - times[True][ref])
+        rows.append(
+            {
+                "case": name, "tokens": T, "d_in": d, "d_out": n, "r": r, "k": k, "system": system,
+                "forward_us": round(times[False][system], 1),
+                "step_us": round(times[True][system], 1),
+                "extra_us": round(extra, 1),
+                "extra_over_peft": round(ratio, 3),
+                "peak_extra_mib": round(peaks[system] - peaks["base"], 1),
+            }
+        )  # fmt: skip
+        print(
+            f"{name:6} {system:20} fwd {times[False][system]:7.1f}  step {times[True][system]:7.1f}"
+            f"  extra {extra:6.1f}  /peft {ratio:5.2f}  mem {rows[-1]['peak_extra_mib']:6.1f}"
+        )
+    if args.profile:
+        profile(steps["smora"])
+    return rows
+
+
+def profile(step):
+    """Print the GPU's kernels of one step, in their order."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+    events = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda e: e.time_range.start)
+    for event in events[-(len(events) // 3) :]:
+        print(f"   {event.time_range.elapsed_us():7.1f} us  {event.name[:90]}")
+
+
+def host(args):
+    """Print what the host does in a step on so few tokens that the device has nothing to do."""
+    import cProfile
+    import pstats
+
+    x = [torch.randn(64, 512, device="cuda").bfloat16().requires_grad_()]
+    dy = torch.randn(64, 512, device="cuda").bfloat16()
+    for system, (model, path) in systems(512, 512, 64, 8, False).items():
+        step = Path_(path, step_of(model.train(), x, dy, True))
+        took = rounds_us({system: step}, 10, 50)[system]
+        print(f"host {system:16} {took:7.1f} us a step")
+        if system == "smora":
+            found = cProfile.Profile()
+            found.runcall(lambda step=step: [step() for _ in range(300)])
+            pstats.Stats(found).sort_stats("tottime").print_stats(28)
+
+
+def main():
+    """Measure all cases and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--inner", type=int, default=10)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--host", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    gate()
+    if args.host:
+        host(args)
+        return
+    rows = []
+    for name in args.cases.split(","):
+        rows += measure(name, args)
+        torch.cuda.empty_cache()
+    if args.out:
+        save(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()
