@@ -8,7 +8,7 @@ import torch
 import polyrank as pr
 from polyrank.errors import CheckpointError, ConfigError, MergeError
 from polyrank.frame import Saved, load_file, registry
-from polyrank.layers import adapter_of, append, saved_of
+from polyrank.layers import absorb, adapter_of, append, saved_of
 from polyrank.parts.transforms import lora_of, plain_lora
 from polyrank.testing import MODELS, Case, assert_close
 
@@ -119,6 +119,25 @@ def test_a_bank_comes_first():
     bank = saved.tensors[f"base_model.model.{path}.polyrank_bank.A"]
     assert torch.equal(found.tensors[f"base_model.model.{path}.lora_A.weight"][:2], bank)
     assert {*found.plan["ranks"].values()} == {3}
+
+
+def test_an_archive_is_part_of_it_and_absorbed_updates_without_one_are_refused():
+    case, model = trained("lora", r=2)
+    layers = adapter_of(model).layers
+    before = {layer.site.path: layer.weight().clone() for layer in layers}
+    absorb(model, archive=True)
+    case.train(model)
+    found = plain_lora(saved_of(model))
+    updates = deltas(found)
+    for layer in adapter_of(model).layers:
+        whole = layer.weight() - before[layer.site.path] + layer.delta()
+        assert_close(updates[layer.site.path].to(whole), whole)
+    assert {*found.plan["ranks"].values()} == {4}
+
+    case, model = trained("lora", r=2)
+    absorb(model)
+    with pytest.raises(MergeError, match=r"absorbed into the base and not kept .* archive=True"):
+        plain_lora(saved_of(model))
 
 
 @pytest.mark.parametrize("delta", ["none", "number", "diagonal", "matrix"])
