@@ -27,6 +27,7 @@ SYSTEMS = {
     "absorb": ("lora", {"r": 2}, ["l2", "absorb"]),
     "olora": ("olora", {"r": 2}, []),
     "mora": ("mora", {"r": 2}, []),
+    "sora": ("sora", {"r": 2, "schedule": [0.0, 0.02, 0.05], "stage_steps": 2}, []),
 }
 
 

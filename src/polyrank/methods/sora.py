@@ -50,7 +50,7 @@ class SoRA(Method):
             which ends with its best state; 0 for its last.
     """
 
-    xi: float = 3e-4
+    xi: float = 1e-3
     lambda_1: float = 0.0
     form: str = "soft"
     xi_scale: str = "constant"
