@@ -89,7 +89,7 @@ class Attachment:
             yield (
                 f"optimizer: {self.adapter.method.name!r} asks for the updates {strange}, which "
                 f"{type(self.optimizer).__name__} does not serve; build it with "
-                "polyrank.optimizer(model, lr=...)"
+                f"polyrank.optimizer(model, lr=...){self.adapter.method.otherwise}"
             )
         # A scheduler may have set the rate to zero for its first step.
         rates = [

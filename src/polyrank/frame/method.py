@@ -152,6 +152,7 @@ class Method(_Slots):
 
     Class facts:
         scalings: the conventions that `scaling` may name, each one known to `scale`.
+        otherwise: for a method with updates of its own, how to do without: ", or …".
         lendable: a part of {"init", "optim"}, what other methods may take of this one.
 
     Args:
@@ -166,6 +167,7 @@ class Method(_Slots):
 
     kind: ClassVar[str] = "method"
     scalings: ClassVar[tuple[str, ...]] = SCALINGS
+    otherwise: ClassVar[str] = ""
     lendable: ClassVar[frozenset[str]] = frozenset()
 
     r: int = 8

@@ -203,7 +203,8 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
 
     def cores(self, name: str) -> list[Core]:
         """Return the core of one adapter, and those of its replicas."""
-        held = self.polyrank_replica[name].values() if name in self.polyrank_replica else ()
+        made = self.polyrank_replica
+        held = cast("nn.ModuleDict", made[name]).values() if name in made else ()
         return [self.views[name].core, *(cast("Core", each.core) for each in held)]
 
     def keeps(self, name: str, replica: str) -> bool:

@@ -24,7 +24,8 @@ UPDATES: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD}
 def register_update(name: str) -> Callable[[type[Optimizer]], type[Optimizer]]:
     """Make an optimiser class serve the groups with `update=name`.
 
-    The class takes the groups alone, `cls(groups)`: everything else stands in the groups.
+    The class takes the groups alone, `cls(groups)`: everything else stands in the groups. Those of
+    the run's own options that its attribute `shared` names, if it has one, reach it as well.
 
     Raises:
         ValueError: if another class has the name.
@@ -66,8 +67,10 @@ class GroupedOptimizer(Optimizer):
         for name in dict.fromkeys(g.get("update", DEFAULT) for g in groups):
             own = [g for g in self.param_groups if g.get("update", DEFAULT) == name]
             made: Callable[..., Optimizer] = kind if name == DEFAULT else UPDATES[name]
+            shared = options.keys() & getattr(made, "shared", ())
+            chosen = options if name == DEFAULT else {key: options[key] for key in shared}
             # The groups themselves, so that a rate set here is the rate that is used there.
-            self.parts[name] = made(own, **(options if name == DEFAULT else {}))
+            self.parts[name] = made(own, **chosen)
         self._link()
 
     @property
