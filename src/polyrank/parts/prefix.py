@@ -1,0 +1,361 @@
+"""Nested ranks: of r ordered ranks a forward reads the first b, and b changes."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from polyrank.errors import ConfigError, MergeError, RunError
+from polyrank.frame import (
+    Adapter,
+    Boundary,
+    Core,
+    Flow,
+    Portion,
+    Rule,
+    Saved,
+    Site,
+    Step,
+    Workshop,
+    keyed,
+)
+from polyrank.layers import View, adapter_of
+from polyrank.layers.structure import config_of
+from polyrank.ops.rank_gate import Epilogue
+from polyrank.parts.rows import ROWS
+from polyrank.parts.transforms import plain_lora
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+class Prefix(Core):
+    """φ(h) = gain(b) · (h_1, …, h_b, 0, …, 0); merges exactly at the set rank.
+
+    b is the set rank, `most` at first; in training it is the rank drawn for the update, if one was.
+    Ranks of a bank are read whole, and without the gain.
+
+    Args:
+        gains: factor on the update for b = 1 … r; that of all ranks is 1.
+        least: smallest b.
+        most: largest b, <= r.
+        newest: whether of a drawn prefix only rank b learns, not all b of them.
+    """
+
+    epilogue = "none"
+
+    def __init__(self, gains: Sequence[float], least: int, most: int, *, newest: bool) -> None:
+        super().__init__()
+        self.widths = (len(gains), len(gains))
+        self.gains, self.least, self.most, self.newest = tuple(gains), least, most, newest
+        self.bank = 0
+        # Tensors for compiled code, which would be compiled again for every new number; on the CPU,
+        # where reading one waits for nothing. 0 is no draw.
+        self.chosen = torch.tensor(most, device="cpu")
+        self.drawn = torch.tensor(0, device="cpu")
+        self.table = torch.tensor(self.gains, dtype=torch.float64, device="cpu")
+
+    @property
+    def rank(self) -> int:
+        """The set rank."""
+        return int(self.chosen)
+
+    def choose(self, b: int) -> None:
+        """Set the rank of every forward for which none is drawn."""
+        self.chosen.fill_(checked_rank(b, self.least, self.most))
+
+    def draw(self, b: int) -> None:
+        """Set the rank of training forwards; 0 takes it back."""
+        self.drawn.fill_(b)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the set rank, if it is not the largest."""
+        return {} if self.rank == self.most else {"rank": self.rank}
+
+    def configure(self, settings: dict[str, Any]) -> None:
+        """Set the rank."""
+        self.choose(settings.get("rank", self.most))
+
+    def banked(self, ranks: int) -> None:
+        """Read `ranks` frozen ranks before one's own."""
+        self.bank, self.epilogue = ranks, "python" if ranks else "none"
+
+    def portion(self) -> Portion:
+        """Return the first b ranks; of a drawn prefix the others are held, if the newest learns."""
+        if torch.compiler.is_compiling():
+            return self._traced()
+        drawn = int(self.drawn) if self.training else 0
+        b = drawn or self.rank
+        held = drawn - 1 if drawn and self.newest else 0
+        # The gain is not the bank's, so that there `forward` brings it in.
+        return Portion(self.bank + b, self.bank + held, 1.0 if self.bank else self.gains[b - 1])
+
+    def _traced(self) -> Portion:
+        b, held = self._b(), torch.zeros_like(self.drawn)
+        if self.training and self.newest:
+            held = (self.drawn - 1).clamp_min(0)
+        return Portion(self.bank + b, self.bank + held, 1.0 if self.bank else self._gain())
+
+    def _b(self) -> Tensor:
+        if not self.training:
+            return self.chosen
+        return torch.where(self.drawn > 0, self.drawn, self.chosen)
+
+    def _gain(self) -> Tensor:
+        return self.table.index_select(0, (self._b() - 1).reshape(1)).reshape(())
+
+    def fused(self) -> Epilogue:
+        """Return the operator's form: what is read passes as it is."""
+        return Epilogue(kind="none")
+
+    def forward(self, h: Tensor, z: Tensor | None, flow: Flow) -> Tensor:
+        """Return h, which holds what is read; behind a bank the gain is still to come."""
+        if not self.bank:
+            return h
+        return torch.cat([h[..., : self.bank], self._gain().to(h) * h[..., self.bank :]], dim=-1)
+
+    def delta(self, condition: Tensor | None = None) -> Tensor:
+        """Return diag(gain(b) 1{i <= b}) of the set rank, ones for the bank."""
+        place = torch.arange(self.widths[0])
+        # In fp64, so that it is the forward's own number whatever the factors are.
+        own = (place < self.rank).double() * self.gains[self.rank - 1]
+        return torch.diag(torch.cat([own.new_ones(self.bank), own]))
+
+    def settle(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors of the set rank, the gain folded in."""
+        return A[: self.rank], self.gains[self.rank - 1] * B[:, : self.rank]
+
+    def shortened(self, ranks: int) -> float:
+        """Return gain(ranks)."""
+        return self.gains[ranks - 1]
+
+
+def prefix_at(
+    site: Site, scale: Callable[[Site], float], r: int, least: int, most: int, *, newest: bool
+) -> Prefix:
+    """Return the core of a site with up to r ranks, whose scale follows a convention.
+
+    Raises:
+        ConfigError: if the site has more ranks, or fewer than `least`.
+    """
+    if not least <= site.r <= r:
+        raise ConfigError(
+            f"r at {site.path!r}: got {site.r}, expected r_min..r = {least}..{r}, as one rank is "
+            "drawn for all layers; leave rank_pattern out"
+        )
+    scales = [scale(replace(site, r=b)) for b in range(1, site.r + 1)]
+    return Prefix([s / scales[-1] for s in scales], least, min(most, site.r), newest=newest)
+
+
+def powers(least: int, most: int) -> list[int]:
+    """Return the powers of two in least..most."""
+    return [2**k for k in range(most.bit_length()) if least <= 2**k <= most]
+
+
+def checked_rank(b: Any, least: int, most: int) -> int:
+    """Return b as a plain integer.
+
+    Raises:
+        ConfigError: if it is no integer, or outside of least..most.
+    """
+    if not ranks_fit((b,), least, most):
+        raise ConfigError(f"rank: got {b!r}, expected an integer in {least}..{most}, all included")
+    return int(b)
+
+
+def ranks_fit(ranks: Any, least: int, most: int) -> bool:
+    """Say whether these are integers in least..most."""
+    return isinstance(ranks, tuple) and all(
+        isinstance(b, numbers.Integral) and not isinstance(b, bool) and least <= int(b) <= most
+        for b in ranks
+    )
+
+
+def first_half(adapter: Adapter) -> float:
+    """Return the share of the first half of the ranks in Σ |B_i| |A_i|, the mean over layers."""
+    shares = []
+    for layer in adapter.layers:
+        A, B = layer.A.detach().float(), layer.B.detach().float()
+        sizes = B.norm(dim=0) * A.norm(dim=1)
+        half = sizes[: -(-len(sizes) // 2)].sum()
+        shares.append(half / sizes.sum().clamp_min(1e-30))
+    return float(torch.stack(shares).mean()) if shares else 0.0
+
+
+def prefixes(adapter: Adapter) -> list[Prefix]:
+    """Return the cores with nested ranks, all of them with the same bounds.
+
+    Raises:
+        ConfigError: if there are none, or their ranks differ.
+    """
+    cores = [layer.core for layer in adapter.layers if isinstance(layer.core, Prefix)]
+    bounds = sorted({(core.least, core.most) for core in cores})
+    if not cores:
+        raise ConfigError("rank: the adapter has no nested ranks to choose from; use dylora")
+    if len(bounds) > 1:
+        raise ConfigError(
+            f"rank: layers have ranks {', '.join(f'{a}..{b}' for a, b in bounds)}, expected the "
+            "same everywhere, as one rank is chosen for all; leave rank_pattern out"
+        )
+    return cores
+
+
+def set_rank(model: nn.Module, rank: int, *, adapter: str | None = None) -> None:
+    """Let an adapter with nested ranks act with its first `rank` ranks; saved with it.
+
+    The other ranks stay where they are, and a training update still draws its own.
+
+    Args:
+        model: a PEFT model with such an adapter.
+        rank: within the bounds that it was trained for.
+        adapter: its name; None is the active one.
+
+    Raises:
+        ConfigError: for another number, or an adapter without nested ranks.
+        MergeError: if the adapter is merged, at the rank that it has now.
+    """
+    found = adapter_of(model, adapter)
+    if any(found.name in view.module.merged_adapters for view in found.layers):
+        raise MergeError(
+            f"rank: adapter {found.name!r} is merged at rank {prefixes(found)[0].rank}, and taking "
+            "it out again needs that one; call unmerge_adapter() first"
+        )
+    _choose(found, rank)
+    sites = config_of(model, found.name).sites
+    for view in found.layers:
+        sites[view.site.path] = view.module.shapes(found.name)
+
+
+def _choose(adapter: Adapter, rank: int) -> None:
+    first = prefixes(adapter)[0]
+    rank = checked_rank(rank, first.least, first.most)
+    for layer in adapter.layers:
+        view = cast("View", layer)
+        # Views of the past act at the same rank.
+        for core in cast("list[Prefix]", view.module.cores(view.name)):
+            core.choose(rank)
+
+
+@contextmanager
+def at_rank(adapter: Adapter, rank: int) -> Iterator[None]:
+    """Let an adapter act with its first `rank` ranks inside the block."""
+    before = prefixes(adapter)[0].rank
+    _choose(adapter, rank)
+    try:
+        yield
+    finally:
+        _choose(adapter, before)
+
+
+class Draw(Rule):
+    """Draws one rank for every update, the same in all layers, micro-batches and processes.
+
+    The draw is a function of (seed, task, phase, index of the update) alone.
+
+    Args:
+        weights: of least, least + 1 …; what goes beyond the ranks of an adapter is left out.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self.weights, self.agreed = list(weights), False
+
+    def bind(self, adapter: Adapter, optimizer: Optimizer, workshop: Workshop | None) -> None:
+        """Collect the cores."""
+        self.adapter, self.optimizer = adapter, optimizer
+        self.cores = prefixes(adapter)
+        first = self.cores[0]
+        self.sums = list(itertools.accumulate(self.weights[: first.most - first.least + 1]))
+
+    def rank(self, step: Step) -> int:
+        """Return the rank of an update."""
+        key = ("rank", step.seed, step.task, step.phase, step.index)
+        u = float(torch.rand((), dtype=torch.float64, generator=keyed(*key)))
+        place = bisect.bisect_right(self.sums, u * self.sums[-1], hi=len(self.sums) - 1)
+        return self.cores[0].least + place
+
+    def begin(self, step: Step) -> None:
+        """Set the rank, and tell the optimiser which rows of A and columns of B may move."""
+        b = self.rank(step)
+        self._agree(b)
+        for core in self.cores:
+            core.draw(b)
+        for group in self.optimizer.param_groups:
+            if group.get("update") == ROWS:
+                group["first"], group["last"] = b - 1 if self.cores[0].newest else 0, b
+
+    def after(self, step: Step) -> None:
+        """Take the draw back."""
+        for core in self.cores:
+            core.draw(0)
+
+    def _agree(self, b: int) -> None:
+        """Compare the ranks of all processes, once a phase, at every update if torch debugs.
+
+        Raises:
+            RunError: if they differ.
+        """
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        if self.agreed and dist.get_debug_level() != dist.DebugLevel.DETAIL:
+            return
+        here = torch.tensor([b], device=self.adapter.layers[0].A.device)
+        found = [torch.zeros_like(here) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, here)
+        ranks = torch.cat(found).tolist()
+        if len(set(ranks)) > 1:
+            raise RunError(
+                f"rank: the processes drew {ranks}, expected one for all; give every process the "
+                "same seed, task, phase and number of updates"
+            )
+        self.agreed = True
+
+
+class Nested(Boundary):
+    """Exports an adapter with nested ranks at some of them, after the last task.
+
+    Args:
+        exported: ranks, each of which gives a plain LoRA.
+    """
+
+    def __init__(self, exported: Sequence[int] = ()) -> None:
+        self.exported = exported
+
+    def exports(self, workshop: Workshop) -> dict[str, Saved]:
+        """Return one plain LoRA a rank."""
+        found = {}
+        for b in self.exported:
+            with at_rank(workshop.adapter, b):
+                found[f"rank-{b}"] = plain_lora(workshop.saved())
+        return found
+
+
+class Several(Nested):
+    """Evaluates an adapter with nested ranks at several of them.
+
+    Args:
+        evaluated: ranks, the adapter's own first.
+        exported: as in `Nested`.
+    """
+
+    def __init__(self, evaluated: Sequence[int], exported: Sequence[int] = ()) -> None:
+        super().__init__(exported)
+        self.evaluated = evaluated
+
+    def deploys(self, workshop: Workshop) -> dict[str, AbstractContextManager[Any]]:
+        """Return one model a rank."""
+        return {f"rank {b}": at_rank(workshop.adapter, b) for b in self.evaluated}
+
+
+def nested(top: int, evaluated: Iterable[int], exported: Sequence[int]) -> Nested:
+    """Return the boundary that evaluates `top` and then the others, and exports some ranks."""
+    others = sorted({*evaluated} - {top})
+    return Several([top, *others], exported) if others else Nested(exported)
