@@ -101,6 +101,19 @@ def test_a_loop_on_accelerate_equals_a_plain_one(tools, fresh_accelerate):
         assert torch.equal(value, tools.trained(plain)[key]), key
 
 
+def test_rules_are_released_once_when_they_are_detached(tools):
+    class Leaving(tools.Recorder):
+        def release(self):
+            self.calls.append("release")
+
+    rule, model = Leaving(), tools.adapted("smora")
+    attachment = pr.attach(adamw(model), model, strategies=[tools.toy(rule)])
+    assert rule.calls == []
+    attachment.detach()
+    attachment.detach()
+    assert rule.calls == ["release"]
+
+
 def test_nothing_runs_in_evaluation_nor_after_detach(tools):
     rule = tools.Recorder()
     model = tools.adapted("smora")

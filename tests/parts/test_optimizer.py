@@ -9,7 +9,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import polyrank as pr
-from polyrank.errors import ConfigError
+from polyrank.errors import CheckpointError, ConfigError
 from polyrank.frame import Group
 from polyrank.parts import optimizer as module
 from polyrank.parts.optimizer import GroupedOptimizer, build_optimizer, register_update
@@ -109,6 +109,21 @@ def test_later_groups_are_served_and_get_their_defaults(pair):
     assert torch.equal(late.detach(), torch.full((2,), 0.5))
     with pytest.raises(ConfigError, match="build it anew"):
         made.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 1, "update": "other"})
+
+
+def test_a_checkpoint_must_agree_on_what_an_update_calls_fixed(pair, monkeypatch):
+    class Mine(SGD):
+        fixed = frozenset({"turn"})
+
+    monkeypatch.setitem(module.UPDATES, "mine", Mine)
+    found = groups(pair)
+    found[1].update(update="mine", turn="first")
+    made = build_optimizer(found, AdamW, {})
+    kept = made.state_dict()
+    made.load_state_dict(kept)
+    kept["param_groups"][1]["turn"] = "second"
+    with pytest.raises(CheckpointError, match="turn='second' of the update 'mine', and this run"):
+        made.load_state_dict(kept)
 
 
 def test_a_name_is_given_once(monkeypatch):

@@ -207,6 +207,8 @@ class Attachment:
             self.flow.attached.discard(self.adapter.name)
             self.flow.watchers.remove(self.begin)
             self.flow.aux = 1.0
+            for rule in self.rules:
+                rule.release()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, plain values) of all rules."""

@@ -175,7 +175,9 @@ class Rule:
     """Something that happens at fixed moments of every optimiser update.
 
     Rules run sorted by (order, name). A rule that `expects` what an earlier one `touches` is
-    refused before loading.
+    refused before loading. Whoever touches "grad" adds terms of the objective, or takes some away:
+    what comes is still a gradient. "true_grad" is touched where it no longer is one, as by factors
+    for some rows; who expects "grad" wants neither.
     """
 
     order: int = ORDER["project"]
@@ -200,6 +202,9 @@ class Rule:
 
     def after(self, step: Step) -> None:
         """Run after the optimiser really stepped; one skipped by a loss scaler does not count."""
+
+    def release(self) -> None:
+        """Leave nothing behind on the adapter; called once, when the rules are detached."""
 
     def state(self) -> dict[str, Tensor | float | int | str]:
         """Return what a resumed run needs, keyed by site path where it belongs to a layer."""
@@ -338,7 +343,8 @@ def conflicts(rules: Iterable[Rule]) -> list[str]:
                     f"rules: two are named {rule.name!r}, and their saved state would be mixed up; "
                     "give one of them a name of its own"
                 )
-            both = {what.removeprefix("true_") for what in rule.expects} & earlier.touches
+            wanted = rule.expects | ({"true_grad"} if "grad" in rule.expects else frozenset())
+            both = wanted & earlier.touches
             if both:
                 problems.append(
                     f"rules: {rule.name!r} expects an untouched {', '.join(sorted(both))}, but "

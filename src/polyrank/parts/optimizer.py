@@ -7,13 +7,14 @@ moves its parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from polyrank.errors import ConfigError, nearest
+from polyrank.errors import CheckpointError, ConfigError, nearest
 from polyrank.layers import parameter_groups
 
 # "adamw" is the optimiser that the run itself chose, whatever it is.
@@ -25,7 +26,8 @@ def register_update(name: str) -> Callable[[type[Optimizer]], type[Optimizer]]:
     """Make an optimiser class serve the groups with `update=name`.
 
     The class takes the groups alone, `cls(groups)`: everything else stands in the groups. Those of
-    the run's own options that its attribute `shared` names, if it has one, reach it as well.
+    the run's own options that its attribute `shared` names, if it has one, reach it as well. What
+    its attribute `fixed` names, if it has one, a checkpoint must have the same in its groups.
 
     Raises:
         ValueError: if another class has the name.
@@ -85,7 +87,20 @@ class GroupedOptimizer(Optimizer):
             part.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Take back what `state_dict` gave.
+
+        Raises:
+            CheckpointError: if an entry that an update names in `fixed` is another one there.
+        """
+        for now, old in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            name = now.get("update", DEFAULT)
+            for key in sorted(getattr(self.parts.get(name), "fixed", ())):
+                if now.get(key) != old.get(key):
+                    raise CheckpointError(
+                        f"optimizer: the checkpoint was written with {_named(key, old)} of the "
+                        f"update {name!r}, and this run has {_named(key, now)}; resume with the "
+                        "settings that the run began with"
+                    )
         super().load_state_dict(state_dict)
         self._link()
 
@@ -115,6 +130,10 @@ class GroupedOptimizer(Optimizer):
             step = type(part).step
             getattr(step, "__wrapped__", step)(part)
         return loss
+
+
+def _named(key: str, group: dict[str, Any]) -> str:
+    return shorten(f"{key}={group.get(key)!r}", 60, placeholder=" …")
 
 
 def build_optimizer(
