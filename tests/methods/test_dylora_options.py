@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import polyrank as pr
+from polyrank.frame import combination_problems
 from polyrank.layers import saved_of
 
 
@@ -99,3 +100,10 @@ def test_its_sign_of_life_is_zero_before_and_a_share_after(bench):
     work.steps(count=4)
     after = work.adapter.check_alive(before)
     assert 0 < after["first_half"] <= 1
+
+
+def test_one_entry_of_a_run_says_what_is_evaluated():
+    average = pr.method("ilora")
+    (problem,) = combination_problems(pr.method("dylora", r=8), [average])
+    assert "dylora, ilora all decide what is evaluated" in problem
+    assert combination_problems(pr.method("dylora", r=8, evaluate=[8]), [average]) == []

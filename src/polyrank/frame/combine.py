@@ -23,6 +23,7 @@ def _problems(method: Method, strategies: Sequence[Strategy]) -> Iterator[str]:
     yield from conflicts(rules)
     yield from _one_of([s.name for s in strategies if s.task_loss() is not None], "the task loss")
     yield from _one_of([s.name for s in strategies if s.replay() is not None], "the stored samples")
+    yield from _one_of([e.name for e in (method, *strategies) if _shows(e)], "what is evaluated")
     yield from _meaning(method, strategies)
     for strategy in strategies:
         others = [other for other in strategies if other is not strategy]
@@ -32,6 +33,12 @@ def _problems(method: Method, strategies: Sequence[Strategy]) -> Iterator[str]:
 def _one_of(names: Sequence[str], what: str) -> Iterator[str]:
     if len(names) > 1:
         yield f"strategies: {', '.join(names)} all decide {what}; keep one of them"
+
+
+def _shows(entry: Method | Strategy) -> bool:
+    """Say whether an entry evaluates models of its own choice."""
+    boundary = entry.boundary()
+    return boundary is not None and type(boundary).deploys is not Boundary.deploys
 
 
 def _meaning(method: Method, strategies: Sequence[Strategy]) -> Iterator[str]:
