@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from polyrank.frame.method import Method, Strategy
 from polyrank.frame.slots import Rule, conflicts
+from polyrank.frame.stages import Boundary
 
 
 def combination_problems(method: Method, strategies: Sequence[Strategy]) -> list[str]:
