@@ -1,0 +1,98 @@
+"""AltLoRA: one factor moves per step, by the gradient of W projected on what the other one reaches.
+
+Idea: what LoRA sees of the gradient G of W is distorted by its own factors. With one factor fixed
+    the best correction is unique and cheap: a least-squares projection, of the momentum as well.
+Maths: W = W0 + s B A, g_A = s Bᵀ G. Step of A: h = (BᵀB + λ)⁻¹ g_A / s²; M ← β1 (BᵀB + λ)⁻¹ Bᵀ
+    B_old M + (1 − β1) h; A ← A − η (M + γ A). The next step is that of B, with g_B = s G Aᵀ at the
+    new A, and so on in turn. `plus` (AltLoRA+): V ← β2 V + (1 − β2) h², M / (√V + ε) in place of M.
+Source: arXiv:2505.12455, theorems 1 and 2, and the released optimiser.
+Differs from the released code: there both factors move in every step (`joint=True`), without 1/s²,
+    at a rate that no scheduler changes, with lr / (1 − β1ᵗ), decay after the step, and in AltLoRA+
+    a momentum that is kept untransported (`released=True`, presets "released", "released-plus");
+    a failed inverse becomes the identity there and an error here; pairs are explicit; heads and
+    all else train by AdamW. B moves first, as in the paper's better ablation.
+Limits: identity or constant diagonal cores. The step of W does not depend on how B A is factored;
+    λ, AltLoRA+ and clipping by the norm of gradients break that, `clip` does not. Cost: state of
+    one momentum (two with `plus`), one r × r Cholesky a layer and step, no more memory in forward.
+Status: laws, invariance and the released form tested; published figures not verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from polyrank.frame import Adapter, Group, Method, Rule, register
+from polyrank.parts import alternating  # noqa: F401 - it serves the update
+from polyrank.parts.pairs import OPTIONS, Idle, option_problems, pair_group
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class AltLoRA(Method):
+    """Alternating projections, on plain LoRA.
+
+    Args:
+        plus: whether steps are divided by √V, as AltLoRA+ does.
+        beta1: β1 in [0, 1), of the momentum.
+        beta2: β2 in [0, 1), of V.
+        eps: ε > 0, in the denominator of AltLoRA+.
+        damping: λ >= 0.
+        relative: whether λ counts in mean eigenvalues of the Gram matrix.
+        first: "B" or "A", which factor moves first; A cannot while B is zero.
+        switch_every: steps after which the factors change places, >= 1.
+        joint: whether both factors move in every step, A first.
+        released: whether `joint` is what the released code does, in all points above.
+        bias_correction: whether the rate is divided by 1 − β1ᵗ.
+        clip: largest norm of s B h over all layers, which no refactoring changes; 0 for none.
+        balance_every: steps between rescalings of A and B to like norms, by powers of two, which
+            leave B A as it is; 0 for none.
+    """
+
+    plus: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    damping: float = 1e-6
+    relative: bool = False
+    first: str = "B"
+    switch_every: int = 1
+    joint: bool = False
+    released: bool = False
+    bias_correction: bool = False
+    clip: float = 0.0
+    balance_every: int = 0
+
+    presets: ClassVar = {
+        "paper": {"first": "A"},
+        "paper-plus": {"plus": True, "first": "A"},
+        "released": {"joint": True, "released": True, "damping": 1e-5},
+        "released-plus": {
+            "plus": True, "joint": True, "released": True, "damping": 1e-5, "eps": 1e-4,
+        },
+    }  # fmt: skip
+
+    def problems(self) -> Iterator[str]:
+        """Check the optimiser's options."""
+        yield from option_problems(self.options())
+
+    def groups(self, adapter: Adapter, args: Any = None) -> list[Group]:
+        """Put all factors into one group of pairs, and leave the rest as it is."""
+        options = {name: getattr(self, name) for name in OPTIONS}
+        pairs = pair_group(adapter, options)
+        held = {id(p) for p in pairs.params}
+        others = super().groups(adapter, args)
+        for group in others:
+            group.params[:] = [p for p in group.params if id(p) not in held]
+        return [group for group in (pairs, *others) if group.params]
+
+    def rules(self) -> list[Rule]:
+        """Drop the gradient of the factor that stands still."""
+        return [Idle()]
+
+    @classmethod
+    def samples(cls) -> list[Method]:
+        """AltLoRA; AltLoRA+ with all that a step may do besides."""
+        plus = cls(r=4, plus=True, clip=1.0, switch_every=2, balance_every=3, bias_correction=True)
+        return [cls(r=4), plus]
