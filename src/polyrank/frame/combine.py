@@ -19,12 +19,13 @@ def _problems(method: Method, strategies: Sequence[Strategy]) -> Iterator[str]:
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"strategies: {name!r} is given {names.count(name)} times; give it once"
     rules: list[Rule] = []
-    for entry in (method, *strategies):
+    entries: list[Method | Strategy] = [method, *strategies]
+    for entry in entries:
         rules += entry.acting()
     yield from conflicts(rules)
     yield from _one_of([s.name for s in strategies if s.task_loss() is not None], "the task loss")
     yield from _one_of([s.name for s in strategies if s.replay() is not None], "the stored samples")
-    yield from _one_of([e.name for e in (method, *strategies) if _shows(e)], "what is evaluated")
+    yield from _one_of([e.name for e in entries if _shows(e)], "what is evaluated")
     yield from _meaning(method, strategies)
     for strategy in strategies:
         others = [other for other in strategies if other is not strategy]
