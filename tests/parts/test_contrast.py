@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import polyrank as pr
+from polyrank.engine.objective import Objective
 from polyrank.engine.reading import ImageTextReader
 from polyrank.engine.reading.images import pixels_for
 from polyrank.errors import ConfigError
@@ -84,25 +85,44 @@ def test_a_label_of_another_task_is_refused():
         loss.bind(None, None)
 
 
-def test_it_is_read_off_the_logits_of_a_clip_reader():
-    tiny = MODELS["clip"]
-    task = Task(
-        index=0, name="t", kind="image-text", labels=("cat", "dog"), classes=(0, 1),
-        prompt="a {label}.", data={"train": [], "test": []},
-    )  # fmt: skip
-    rng = keyed("pixels")
-    rows = [{"pixel_values": torch.randn(1, 8, 8, generator=rng), "label": i % 2} for i in range(5)]
-    model = pr.adapt(tiny.build(), pr.method("codyra", r=2), ".*(q_proj|v_proj)").train()
+def clip():
+    """A tiny adapted CLIP, its reader after two tasks, and a batch of the second one."""
+    tiny, rng = MODELS["clip"], keyed("pixels")
     read = ImageTextReader(tiny.tokenizer(), pixels_for(tiny.build()), 16)
-    read.see(task)
-    batch = read.collate(rows)
-    out = read.forward(model, batch, frozenset({"logits"}))
-    found = texts_to_images(out.logits, batch["labels"])
+    for index, labels in enumerate((("cat", "dog"), ("fox", "owl"))):
+        facts = {"labels": labels, "classes": (2 * index, 2 * index + 1), "prompt": "a {label}."}
+        data = {"train": [], "test": []}
+        read.see(Task(index=index, name=f"t{index}", kind="image-text", data=data, **facts))
+    rows = [
+        {"pixel_values": torch.randn(1, 8, 8, generator=rng), "label": 2 + i % 2} for i in range(5)
+    ]
+    method = pr.method("codyra", r=2, symmetric=True)
+    model = pr.adapt(tiny.build(), method, ".*(q_proj|v_proj)").train()
+    return model, read, read.collate(rows)
+
+
+def test_codyra_10_the_engine_trains_both_halves_of_the_loss_of_clip():
+    model, read, batch = clip()
+    shop = type("Shop", (), {"classes": (2, 3)})
+    objective = Objective(read, pr.adapter_of(model).method, [pr.method("masked")])
+    assert not objective.problems()
+    objective.bind(pr.adapter_of(model), shop)
+    batch["role"] = torch.zeros(5, dtype=torch.int64)
+    flow = pr.adapter_of(model).layers[0].module.flow
+    found, _ = objective(model, model, flow, batch, objective.counts([batch]), 1)
     base = model.get_base_model()
     parts = base(**read.inputs(batch))
-    scale = base.logit_scale.exp()
-    assert_close(found, by_hand(parts.image_embeds, parts.text_embeds, batch["labels"], scale))
+    images, texts, scale = parts.image_embeds, parts.text_embeds, base.logit_scale.exp()
+    labels = batch["labels"]
+    half = torch.nn.functional.cross_entropy(scale * images @ texts[2:].T, labels - 2)
+    assert_close(found, half + by_hand(images, texts, labels, scale))
     found.backward()
     moved = {v.site.path: bool(v.B.grad.any()) for v in pr.adapter_of(model).layers}
     assert len(moved) == 4
     assert all(moved.values())
+
+
+def test_the_loss_is_refused_where_nobody_evaluates_it():
+    model, _, _ = clip()
+    with pytest.raises(ConfigError, match="losses of codyra"):
+        pr.attach(pr.optimizer(model, lr=0.1), model, total=9)
