@@ -126,6 +126,8 @@ def test_an_archive_is_part_of_it_and_absorbed_updates_without_one_are_refused()
     layers = adapter_of(model).layers
     before = {layer.site.path: layer.weight().clone() for layer in layers}
     absorb(model, archive=True)
+    # Drawn anew, the live ranks do nothing yet.
+    assert {*plain_lora(saved_of(model)).plan["ranks"].values()} == {2}
     case.train(model)
     found = plain_lora(saved_of(model))
     updates = deltas(found)

@@ -28,9 +28,10 @@ def plain_lora(saved: Saved, *, condition: Tensor | None = None) -> Saved:
 
     Per site s B δ A − s B0 δ0 A0 becomes B' A': a diagonal δ keeps the ranks with an entry that is
     not 0, A' = A[keep], B' = s (B δ)[:, keep]; any other δ gives A' = A, B' = s B δ. The bank's
-    ranks come first, the shadow's last. Sites end with different ranks, and each has lora_alpha
-    equal to its rank, so that the scale is 1; a site without ranks is left out. What was absorbed
-    and archived is part of it: it fits the base from before.
+    ranks come first, the shadow's last; behind a bank, ranks whose B is 0 go as well. Sites end
+    with different ranks, and each has lora_alpha equal to its rank, so that the scale is 1; a site
+    without ranks is left out. What was absorbed and archived is part of it: it fits the base from
+    before.
 
     A growing head becomes a module that is saved whole: the adapter loads onto a base whose
     classifier has that many classes (`num_labels=len(plan["labels"])`) and a bias.
@@ -166,7 +167,8 @@ def _factors(
     core = made.core(site)
     core.configure((config.get("sites") or {}).get(path, {}).get("core", {}))
     held = [_below(parts, name) for name in ("polyrank_archive", "polyrank_bank")]
-    if banks := [(wide(bank["A"]), wide(bank["B"])) for bank in held if bank]:
+    banks = [(wide(bank["A"]), wide(bank["B"])) for bank in held if bank]
+    if banks:
         core.banked(sum(rows.shape[0] for rows, _ in banks))
         A = torch.cat([*(rows for rows, _ in banks), A])
         B = torch.cat([*(columns for _, columns in banks), B], dim=1)
@@ -192,6 +194,9 @@ def _factors(
     B = scale * (B @ delta)
     if delta.shape[0] == delta.shape[1] and torch.equal(delta, torch.diag(delta.diagonal())):
         keep = delta.diagonal() != 0
+        if banks:
+            # Ranks that were drawn anew after the last task, and have not learnt anything yet.
+            keep &= (B != 0).any(dim=0)
         A, B = A[keep], B[:, keep]
     if shadow := _below(parts, "polyrank_shadow"):
         A = torch.cat([A, _left(shadow.get("delta"), wide(shadow["A"]))])
