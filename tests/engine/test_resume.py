@@ -27,6 +27,7 @@ SYSTEMS = {
     "absorb": ("lora", {"r": 2}, ["l2", "absorb"]),
     "olora": ("olora", {"r": 2}, []),
     "codyra": ("codyra", {"r": 2, "levels": 2, "dense": 0.0}, []),
+    "dylora": ("dylora", {"r": 3, "mode": "frozen", "evaluate": [1]}, []),
     "mora": ("mora", {"r": 2}, []),
     "sora": ("sora", {"r": 2, "schedule": [0.0, 0.02, 0.05], "stage_steps": 2}, []),
 }
