@@ -12,7 +12,7 @@ from polyrank.cli import main, recipes
 from polyrank.cli import run as command
 
 # One line a recipe of the package.
-NAMES = ["codyra", "dylora", "mora", "olora", "smora"]
+NAMES = ["codyra", "dylora", "mora", "olora", "smora", "sora"]
 SWEEPS = ["sweep-digits"]
 
 BLOCKED = """
