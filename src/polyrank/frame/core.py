@@ -115,6 +115,16 @@ class Core(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(h, z, flow)")
 
+    def outcome(
+        self, product: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, A: Tensor, B: Tensor
+    ) -> Tensor:
+        """Return product(x, A, B) = B φ(A x ; x), (*, d_out), or what stands in its place.
+
+        Called if `epilogue` is "python", for what acts behind B. `product` may be called more than
+        once, as with detached arguments, if `forward` counts nothing.
+        """
+        return product(x, A, B)
+
     def delta(self, condition: Tensor | None = None) -> Tensor:
         """Return the matrix (widths[1], widths[0]) in fp32 that forward applies to every token.
 

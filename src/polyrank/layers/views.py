@@ -233,8 +233,12 @@ class View(Layer):
             z = None if rows is None else F.linear(wide(x_hat), rows.to(wide(x_hat).dtype))
             if portion is not None and not isinstance(portion.held, Tensor):
                 A, B = _held(A, portion.held, 0), _held(B, portion.held, 1)
-            q = core(F.linear(x_hat, A.to(x.dtype)), z, flow.at(mask))
-            update = F.linear(q, B.to(q.dtype))
+
+            def product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+                q = core(F.linear(x, A.to(x.dtype)), z, flow.at(mask))
+                return F.linear(q, B.to(q.dtype))
+
+            update = core.outcome(product, x_hat, A, B)
             if self.shadow is not None:
                 A0, B0, delta = self.shadow
                 h0 = F.linear(x, A0.to(x.dtype))
