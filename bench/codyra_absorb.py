@@ -34,6 +34,11 @@ from polyrank.streams import digits
 TASKS, RANKS = 10, 16
 TRAIN = {"epochs": 30, "lr": 1e-3}
 SUFFIX = ".lora_A.weight"
+HERE = {
+    "machine": platform.machine(),
+    "torch": torch.__version__,
+    "date": datetime.date.today().isoformat(),
+}
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -125,13 +130,13 @@ def absorbed(base: nn.Module, updates: list[Factors], dtype: torch.dtype) -> Ite
             for name, gap in gaps.items()
             if asked[name].any()
         )
-        yield {
-            "absorbed": count,
+        figures = {
             "base_norm": norm(list(first.values())),
             "summed_update_norm": norm(wanted),
             "loss": norm(list(gaps.values())) / norm(wanted),
             "worst_layer": worst,
         }
+        yield {"absorbed": count, **{k: f"{v:.3g}" for k, v in figures.items()}}
 
 
 def main(out: Path) -> None:
@@ -157,19 +162,13 @@ def main(out: Path) -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 fresh = type(model)(model.config)
                 fresh.load_state_dict(state)
-                for row in absorbed(fresh, found, dtype):
-                    rows.append(
-                        {
-                            "updates": name,
-                            "base": str(dtype).removeprefix("torch."),
-                            "mean_rank": round(kept, 2),
-                            "mean_update_norm": f"{mean:.4g}",
-                            **{k: v if isinstance(v, int) else f"{v:.3g}" for k, v in row.items()},
-                            "machine": platform.machine(),
-                            "torch": torch.__version__,
-                            "date": datetime.date.today().isoformat(),
-                        }
-                    )
+                about = {
+                    "updates": name,
+                    "base": str(dtype).removeprefix("torch."),
+                    "mean_rank": round(kept, 2),
+                    "mean_update_norm": f"{mean:.4g}",
+                }
+                rows += [{**about, **row, **HERE} for row in absorbed(fresh, found, dtype)]
                 print(rows[-1])
     with out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))

@@ -43,6 +43,7 @@ LONGER: dict[str, str] = {
     "src/polyrank/cli/run.py": "fifteen options, each with its help",
     "src/polyrank/cli/run.py:command": "nineteen options, each with its help",
     "src/polyrank/engine/loop.py:run": "fifteen arguments, each explained",
+    "src/polyrank/methods/codyra.py": "twelve options of its own, each explained",
     "src/polyrank/methods/moe_lora.py": "eleven published methods behind one set of options",
     "src/polyrank/methods/sora.py": "twelve options, each explained, and two published settings",
 }

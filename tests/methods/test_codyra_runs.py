@@ -223,3 +223,17 @@ def test_the_engine_publishes_the_vital_sign_of_every_task(finished):
     assert kept_ranks(pr.adapter_of(done.model)).keys() == set(
         done.system()["figures"][0]["rows"][:-1]
     )
+
+
+def test_a_task_too_short_for_the_levels_is_refused_before_anything_is_loaded(tmp_path):
+    stream = few_digits(rows=12, tasks=2)
+    with pytest.raises(pr.ConfigError) as caught:
+        go(tmp_path / "run", stream, levels=7)
+    assert len(caught.value.problems) == 1
+    assert "codyra: task '4-5-6': levels: got 7 for the last 100% of 6 updates" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    plan = engine.plan.Plan.build(
+        stream, pr.method("codyra", **{**OPTIONS, "levels": 7}), ["joint"], [], FAST, None, 0
+    )
+    # Pooled, both tasks give 12 updates.
+    assert plan.method.levels == 7

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+from polyrank.engine.data import train_rows
 from polyrank.engine.settings import Settings
 from polyrank.errors import ConfigError, nearest
 from polyrank.frame import Method, Strategy, combination_problems
@@ -106,14 +107,10 @@ class Plan:
             yield from (f"{entry.name}: {problem}" for problem in entry.checks())
         yield from (f"train: {problem}" for problem in self.settings.problems())
         yield from combination_problems(self.method, self.strategies)
-        if wants := self.method.init().wants:
-            yield (
-                f"{self.method.name}: its start wants {sorted(wants)}, which the engine does not "
-                "gather yet"
-            )
         if stream.scenario == "unlearning":
             yield f"stream: {stream.name!r} is {stream.scenario}, which has no engine yet"
         yield from self._readings()
+        yield from self._lengths()
         offers = offered(stream)
         for entry in (self.method, *self.strategies):
             for need in sorted(entry.needs - offers):
@@ -132,10 +129,30 @@ class Plan:
                 "some, or leave validation out"
             )
 
+    def _lengths(self) -> Iterator[str]:
+        """Yield what finds a task too short; with several processes it may be shorter still."""
+        entries = (self.method, *self.strategies)
+        rows = {task.name: len(train_rows(task)) for task in self.stream}
+        if any(strategy.pools for strategy in self.strategies):
+            rows = {"all": sum(rows.values())}
+        size = self.settings.batch_size * self.settings.accumulation
+        updates = {name: -(-count // size) * self.settings.epochs for name, count in rows.items()}
+        # Tasks of one length say the same.
+        tasks = {count: name for name, count in reversed(updates.items())}
+        for count, name in sorted(tasks.items()):
+            for entry in entries:
+                yield from (f"{entry.name}: task {name!r}: {p}" for p in entry.too_short(count))
+
     def _readings(self) -> Iterator[str]:
         """Yield what would read a training row more often than the stream allows."""
         if self.stream.passes != 1:
             return
+        if wants := self.method.starting().wants & {"weight_grad", "input", "output"}:
+            yield (
+                f"{self.method.name}: its start wants {', '.join(sorted(wants))}, and every row of "
+                f"stream {self.stream.name!r} ({self.stream.scenario}) may be read once; choose "
+                "another start or another stream"
+            )
         if self.settings.epochs != 1:
             yield (
                 f"train: epochs: got {self.settings.epochs}, but every row of stream "
@@ -157,6 +174,8 @@ class Plan:
         """Return what is compared: the method, and LoRA of equal rank unless it is that itself."""
         method, active = self.method, getattr(self.method, "k", None)
         label = f"{method.name} r={method.r}" + (f" k={active}" if active else "")
+        borrowed = (("start", method.init_by), ("optimiser", method.optim_by))
+        label += "".join(f" + {word} {lender}" for word, lender in borrowed if lender)
         label += "".join(f" + {s.name}" for s in self.strategies)
         own = System(
             name=method.name,

@@ -134,6 +134,10 @@ class _Slots:
         """Return all that acts at an update: rules, wrapped penalties, and what is lent."""
         return [*self.rules(), *(PenaltyRule(p) for p in self.penalties())]
 
+    def too_short(self, updates: int) -> Iterator[str]:
+        """Yield why a task of so many updates is too short; asked before anything is loaded."""
+        yield from ()
+
     def all_rules(self) -> list[Rule]:
         """Return rules and wrapped penalties in the order in which they run.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -44,6 +44,19 @@ def levels(total: int, dense: float, count: int, kappa_max: float) -> list[float
 def stride(total: int, dense: float, count: int) -> int:
     """Return e, the updates between two levels; 0 if the task is too short for them."""
     return math.floor((total - dense * total) / count)
+
+
+def too_short(total: int, dense: float, count: int) -> Iterator[str]:
+    """Yield why no threshold would ever rise, nothing if one does."""
+    if stride(total, dense, count):
+        return
+    longer = math.ceil(count / (1 - dense)) if dense < 1 else 0
+    yield (
+        f"levels: got {count} for the last {1 - dense:.0%} of {total} updates, expected one update "
+        "each at least, or no gate ever shrinks; "
+        + (f"train {longer} updates or more, " if longer else "")
+        + "take fewer levels or a shorter dense phase, or allow it by idle=True"
+    )
 
 
 class TwinGate(StaticGate):
@@ -116,14 +129,9 @@ class Ramp(Shrinkage):
             )
         if len(self.known) == step.total:
             return
-        if not self.idle and stride(step.total, self.dense, self.count) == 0:
-            longer = math.ceil(self.count / (1 - self.dense)) if self.dense < 1 else 0
-            raise ConfigError(
-                f"levels: got {self.count} for the last {1 - self.dense:.0%} of {step.total} "
-                "updates, expected one update each at least, or no gate ever shrinks; "
-                + (f"train {longer} updates or more, " if longer else "")
-                + "take fewer levels or a shorter dense phase, or allow it by idle=True"
-            )
+        problems = list(too_short(step.total, self.dense, self.count))
+        if problems and not self.idle:
+            raise ConfigError(problems)
         self.known = levels(step.total, self.dense, self.count, self.kappa_max)
 
     def _at(self, step: Step) -> float:
