@@ -32,17 +32,21 @@ def tools():
     return module.Tools()
 
 
-def adapted(helper):
-    model = helper.adapted("smora", dtype=torch.float64, balance=0.01).double()
+METHODS = {"smora": {"balance": 0.01}, "dylora": {"mode": "frozen"}}
+
+
+def adapted(helper, name="smora"):
+    model = helper.adapted(name, dtype=torch.float64, **METHODS[name]).double()
     recorder = helper.Recorder()
     return model, recorder, helper.toy(recorder, penalties=[helper.SumOfB(0.01)])
 
 
-def attached(helper, rank, world):
+def attached(helper, rank, world, name="smora"):
     """A plain loop, wrapped for data parallelism if there are two ranks."""
-    model, recorder, strategy = adapted(helper)
+    model, recorder, strategy = adapted(helper, name)
+    core, drawn = pr.adapter_of(model).layers[0].core, []
     wrapped = DistributedDataParallel(model) if world > 1 else model
-    optimizer = torch.optim.AdamW(pr.parameter_groups(wrapped, 1e-2, 0.1))
+    optimizer = pr.optimizer(wrapped, 1e-2, 0.1)
     attachment = pr.attach(optimizer, wrapped, strategies=[strategy], accumulation=ACCUMULATION)
     wrapped.train()
     losses, batches = [], helper.chunks(helper.rows(ROWS), SIZE)
@@ -59,13 +63,28 @@ def attached(helper, rank, world):
                 loss = wrapped(**own, num_items_in_batch=items).loss
                 loss.backward()
             total += float(loss.detach())
+        drawn.append(int(getattr(core, "drawn", 0)))
         losses.append(total)
         attachment.before_clip()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     attachment.detach()
-    return model, {"losses": losses, "calls": recorder.calls, "norms": recorder.norms}
+    facts = {"losses": losses, "calls": recorder.calls, "norms": recorder.norms, "drawn": drawn}
+    return model, facts
+
+
+def disagreeing(helper, rank):
+    """Give every process a seed of its own; return how that ends."""
+    model, _, _ = adapted(helper, "dylora")
+    attachment = pr.attach(pr.optimizer(model, 1e-2), model, seed=rank)
+    try:
+        attachment.begin()
+    except pr.PolyrankError as error:
+        return str(error)
+    finally:
+        attachment.detach()
+    return ""
 
 
 def trained(helper, folder, world):
@@ -132,11 +151,13 @@ def main(folder, rank, world):
     helper, facts = tools(), {}
     for road, (model, fact) in {
         "attach": attached(helper, rank, world),
+        "nested": attached(helper, rank, world, "dylora"),
         "trainer": trained(helper, folder, world),
         "phase": phased(helper, rank, world),
     }.items():
         facts[road] = fact
         save_file(helper.trained(model), str(folder / f"{rank}-{road}.safetensors"))
+    facts["nested"]["refused"] = disagreeing(helper, rank)
     (folder / f"{rank}.json").write_text(json.dumps(facts))
     if world > 1:
         dist.barrier()

@@ -156,7 +156,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("road", ["attach", "trainer", "phase"])
+@pytest.mark.parametrize("road", ["attach", "trainer", "phase", "nested"])
 def test_two_processes_equal_one_on_the_joined_batch(ranks, road):
     ((alone, weights),) = ranks[1]
     first, second = ranks[2]
@@ -166,8 +166,20 @@ def test_two_processes_equal_one_on_the_joined_batch(ranks, road):
         assert facts[road]["calls"] == alone[road]["calls"]
     for key, value in first[1][road].items():
         assert torch.equal(value, second[1][road][key]), key
-    bias = torch.stack([v for k, v in weights[road].items() if "balance_bias" in k])
-    assert bias.abs().max() > 0
+    if road != "nested":
+        bias = torch.stack([v for k, v in weights[road].items() if "balance_bias" in k])
+        assert bias.abs().max() > 0
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_same_ranks_or_stop(ranks):
+    ((alone, _),) = ranks[1]
+    drawn = alone["nested"]["drawn"]
+    assert set(drawn) == {1, 2, 3, 4}
+    assert alone["nested"]["refused"] == ""
+    for facts, _ in ranks[2]:
+        assert facts["nested"]["drawn"] == drawn
+        assert "expected one for all" in facts["nested"]["refused"]
 
 
 @pytest.mark.slow
