@@ -171,7 +171,7 @@ def main(out: Path) -> None:
                 rows += [{**about, **row, **HERE} for row in absorbed(fresh, found, dtype)]
                 print(rows[-1])
     with out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(row for row in rows if row["absorbed"] in (1, 5, TASKS))
 

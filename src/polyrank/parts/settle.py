@@ -21,7 +21,8 @@ INTO = ("auto", "base", "bank")
 class Settle(Boundary):
     """Drops ranks whose gate is 0, puts the others away at the end of the task, draws new ones.
 
-    New ranks have B = 0, so that the answers stay. A memory keeps how many ranks each layer kept.
+    New ranks have B = 0, so that the answers stay; what is left after the last task then holds no
+    silent ranks either. A memory keeps how many ranks each layer kept.
 
     Args:
         name: of the method, and of its memory.
