@@ -103,6 +103,28 @@ def rounds_us(steps, rounds, inner):
     return {name: statistics.median(times) for name, times in took.items()}
 
 
+def median_graph_us(work, replays=20, repeats=1):
+    """Median time of a CUDA graph that does the work, in microseconds a repetition."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(repeats):
+                work()
+        times = []
+        for _ in range(replays + 2):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / repeats)
+    return statistics.median(times[2:])
+
+
 def peak_mib(step):
     """Memory that one step needs above what stood before, in MiB."""
     torch.cuda.synchronize()

@@ -77,14 +77,20 @@ def systems(d, n, r, k, compiled):
     return found
 
 
+def attach(models):
+    """Give every model of ours an optimiser at hand.
+
+    Without one a training forward waits for the device, to see whether weights changed.
+    """
+    for model, _ in models.values():
+        if "POLYRANK" in str(getattr(model, "peft_config", "")):
+            polyrank.attach(torch.optim.AdamW(polyrank.parameter_groups(model, lr=0.0)), model)
+
+
 def step_of(model, xs, dy, backward):
     """A function that runs the model once, on one input after the other."""
     leaves = [p for p in model.parameters() if p.requires_grad]
     count = iter(range(10**9))
-
-    if hasattr(model, "peft_config") and "POLYRANK" in str(model.peft_config["default"].peft_type):
-        # Without an optimiser at hand a training forward waits for the device to see what changed.
-        polyrank.attach(torch.optim.AdamW(polyrank.parameter_groups(model, lr=0.0)), model)
 
     def step():
         x = xs[next(count) % len(xs)]
@@ -105,6 +111,7 @@ def measure(name, args):
     xs = [torch.randn(T, d, device="cuda").bfloat16().requires_grad_() for _ in range(3)]
     dy = torch.randn(T, n, device="cuda").bfloat16()
     times = {}
+    attach(models)
     for backward in (False, True):
         steps = {}
         for system, (model, path) in models.items():
@@ -158,7 +165,9 @@ def host(args):
 
     x = [torch.randn(64, 512, device="cuda").bfloat16().requires_grad_()]
     dy = torch.randn(64, 512, device="cuda").bfloat16()
-    for system, (model, path) in systems(512, 512, 64, 8, False).items():
+    models = systems(512, 512, 64, 8, False)
+    attach(models)
+    for system, (model, path) in models.items():
         step = Path_(path, step_of(model.train(), x, dy, True))
         took = rounds_us({system: step}, 10, 50)[system]
         print(f"host {system:16} {took:7.1f} us a step")

@@ -1,9 +1,9 @@
-"""Times the rank gate's kernels alone, over sizes of their tiles, beside what torch has for them.
+"""Times the rank gate's kernels alone, over sizes of their tiles, beside what torch has.
 
-    python bench/rank_gate_tiles.py --out tiles.csv [--kernels read,write] [--tokens 8192] [--d 4096]
-    python bench/rank_gate_tiles.py --compile 3/12     # fills Triton's cache, for one of 12 processes
+    python bench/rank_gate_tiles.py --out tiles.csv [--kernels read,write] [--tokens 8192]
+    python bench/rank_gate_tiles.py --compile 3/12   # fills Triton's cache: one of 12 processes
 
-Times are medians of CUDA graph replays over four sets of buffers, together larger than the L2 cache.
+Times are medians of CUDA graph replays over four sets of buffers, larger than the L2 cache.
 """
 
 import argparse
@@ -68,6 +68,7 @@ class Data:
 
 
 def member(kind, k=8):
+    """The constants of a projection."""
     return launch.Member(kind, k, 1, False, 8.0, 1e-30, 1.0, 0.0, 1e-12, 2.0, 0, False)
 
 
@@ -128,14 +129,14 @@ def torch_works(D, r):
 GRID = {
     "read": [
         (64, 128, 1, 4, 5), (64, 256, 1, 4, 2), (64, 256, 1, 8, 2), (32, 128, 1, 4, 4),
-        (64, 64, 1, 4, 8), (128, 128, 1, 8, 3), (64, 64, 1, 4, 4), (64, 64, 1, 4, 6), (64, 128, 1, 4, 3), (64, 128, 1, 4, 4),
-        (64, 128, 1, 8, 3), (64, 64, 2, 4, 4), (64, 64, 2, 4, 3), (128, 64, 1, 8, 4),
+        (64, 64, 1, 4, 8), (128, 128, 1, 8, 3), (64, 64, 1, 4, 4), (64, 64, 1, 4, 6),
+        (64, 128, 1, 4, 3), (64, 128, 1, 4, 4), (64, 128, 1, 8, 3), (64, 64, 2, 4, 4), (64, 64, 2, 4, 3), (128, 64, 1, 8, 4),
         (128, 64, 2, 8, 3), (128, 64, 2, 8, 4), (128, 64, 2, 4, 4), (128, 128, 2, 8, 2),
         (128, 128, 2, 8, 3), (128, 64, 4, 8, 3), (128, 32, 2, 8, 5), (256, 64, 4, 8, 3),
     ],
     "write": [
         (bm, bn, None, w, s)
-        for bm, bn in ((64, 128), (64, 256), (128, 128), (128, 256), (32, 256), (128, 64), (256, 64))
+        for bm, bn in ((64, 128), (64, 256), (128, 128), (128, 256), (32, 256), (128, 64))
         for w, s in ((4, 2), (8, 2))
     ],
     "outer": [
@@ -157,6 +158,8 @@ def cases(D, r, only):
 
 
 def tiled(work, grid, size):
+    """The work under one size of tile."""
+
     def run(i):
         kept = tiles.read, tiles.write, tiles.outer
         if grid == "read":
@@ -165,6 +168,8 @@ def tiled(work, grid, size):
             tiles.write = lambda T, n, k, b: (*size[:2], min(128, tiles.padded(k)), *size[3:])
         elif grid == "outer":
             tiles.outer = lambda T, n, k, b: (size[0], min(128, tiles.padded(k)), *size[2:])
+        # What was started with other tiles is not to be found again.
+        launch._COMPILED.clear()
         try:
             return work(i)
         finally:
@@ -173,7 +178,17 @@ def tiled(work, grid, size):
     return run
 
 
+def attempt(name, size, function):
+    """What the function gives, or None where the tile does not fit the device."""
+    try:
+        return function()
+    except Exception as error:
+        print(name, size, type(error).__name__, str(error)[:80])
+        return None
+
+
 def main():
+    """Measure every kernel under every tile."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--d", type=int, default=4096)
@@ -188,19 +203,14 @@ def main():
     if a.compile:
         part, parts = map(int, a.compile.split("/"))
         for name, size, work in itertools.islice(every, part, None, parts):
-            try:
-                work(0)
-            except Exception as error:
-                print(name, size, type(error).__name__, str(error)[:80])
+            attempt(name, size, lambda work=work: work(0))
         return
     found = []
     if not a.kernels:
         found += [(n, "", median_us(w)) for n, w in torch_works(D, a.r).items()]
     for name, size, work in every:
-        try:
-            found.append((name, size, median_us(work)))
-        except Exception as error:
-            print(name, size, type(error).__name__, str(error)[:80])
+        us = attempt(name, size, lambda work=work: median_us(work))
+        found += [] if us is None else [(name, size, us)]
     best: dict = {}
     for name, size, us in found:
         best.setdefault(name, []).append((us, size))

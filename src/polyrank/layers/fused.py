@@ -56,14 +56,14 @@ class Sharing:
 
 def through(layer: AdaptedLinear, x: Tensor, flow: Flow) -> Tensor | None:
     """Return the layer's output by the fused road, or None where that is not to be taken."""
+    if layer.sharing.ahead is not None and (y := _taken(layer, x)) is not None:
+        return y
     view = _view(layer, x)
     if view is None:
         return None
     core = view.core
     dropout = view.method.dropout if core.training else 0.0
     alone = bool(dropout) or torch.compiler.is_compiling()
-    if not alone and (y := _taken(layer, view, x)) is not None:
-        return y
     followers = [] if alone else _ready(layer, x, view)
     views = [view, *followers]
     mask = flow.tokens(view.site.masks, x.shape[:-1])
@@ -93,7 +93,9 @@ def _view(layer: AdaptedLinear, x: Tensor) -> View | None:
     fits = W.dtype == x.dtype and W.device == x.device and not W.requires_grad
     fits = fits and (b is None or not b.requires_grad) and type(W) is nn.Parameter
     plain = core.epilogue != "python" and core.portion() is None and core.base_gain() is None
-    plain = plain and view.bank is None and view.shadow is None and not view.evaluating
+    held = len(layer.polyrank_bank) or len(layer.polyrank_archive) or len(layer.polyrank_shadow)
+    plain = plain and not view.evaluating
+    plain = plain and not (held and (view.bank is not None or view.shadow is not None))
     device = x.device.type
     if torch.is_autocast_enabled(device):
         fits = fits and torch.get_autocast_dtype(device) == x.dtype
@@ -122,11 +124,13 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _taken(layer: AdaptedLinear, view: View, x: Tensor) -> Tensor | None:
+def _taken(layer: AdaptedLinear, x: Tensor) -> Tensor | None:
     """What was computed ahead for this very call."""
     sharing = layer.sharing
     ahead, sharing.ahead = sharing.ahead, None
-    if ahead is None or ahead.x is not x or ahead.view is not view:
+    if ahead is None or ahead.x is not x or layer.active_adapters != [ahead.view.name]:
+        return None
+    if layer.merged_adapters or layer.views.get(ahead.view.name) is not ahead.view:
         return None
     if ahead.version != _version(x) or ahead.learning != torch.is_grad_enabled():
         return None

@@ -16,7 +16,7 @@ from polyrank.ops.philox import Word
 from polyrank.ops.rank_gate import eager, naive
 from polyrank.ops.rank_gate.epilogue import Epilogue
 from polyrank.ops.rank_gate.naive import gate
-from polyrank.ops.rank_gate.projection import Projection, gains, installed, owned
+from polyrank.ops.rank_gate.projection import INSTALLED, Projection, gains, owned
 from polyrank.ops.rank_gate.selection import NonFiniteError
 
 __all__ = ["Epilogue", "NonFiniteError", "Projection", "gate", "linears", "owned", "rank_gate"]
@@ -122,7 +122,7 @@ def _path(x: Tensor, r: int, shadow: Any) -> str:
         path = "triton" if shadow is None and gains(x, r) else "eager"
     if path != "triton":
         return path
-    if not installed():
+    if not INSTALLED:
         raise ConfigError(
             "POLYRANK_OPS: got 'triton', but Triton is not installed; unset it, or install a torch "
             "that brings Triton"

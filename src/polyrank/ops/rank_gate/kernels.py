@@ -87,8 +87,8 @@ def pack(A, rows, B, to, to_B, zeroed, r, e, d, n_out, r_B, sa, sr, sb, n_zeroed
 
 @triton.jit(do_not_specialize=["seed"])
 def read(
-    x, A, rows, gate, bias, mask, q, h, kept, counts, flag, scratch, locks, seed,
-    T, d, r, sx, sa, sr, sq, total, floor, tau, delta, eps, p, gain,
+    x, A, rows, gate, bias, mask, q, h, kept, counts, flag, scratch, locks,
+    T, d, r, sx, sa, sr, sq, total, floor, tau, delta, eps, p, gain, seed,
     R: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr,
     IN_WEIGHT: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr,
     LINEAR: tl.constexpr, COUNT: tl.constexpr, MASK: tl.constexpr, DROP: tl.constexpr,
@@ -188,7 +188,7 @@ def _gated(
 
 @triton.jit(do_not_specialize=["seed"])
 def write(
-    out, base, left, weight, bias, seed, T, N, K, so, sb, sl, swk, swn, scale, p,
+    out, base, left, weight, bias, T, N, K, so, sb, sl, swk, swn, scale, p, seed,
     ADD: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr, SEED: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
@@ -275,7 +275,7 @@ def inner(
 
 @triton.jit(do_not_specialize=["seed"])
 def outer(
-    left, right, out, row_scale, scratch, locks, seed, T, N, K, sl, sr, son, sok, scale, p,
+    left, right, out, row_scale, scratch, locks, T, N, K, sl, sr, son, sok, scale, p, seed,
     SCALED: tl.constexpr, DROP: tl.constexpr, SEED: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip

@@ -1,7 +1,6 @@
 """A frozen linear layer with what adapts it, as the operator sees it; where kernels gain."""
 
 import os
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -11,6 +10,8 @@ from torch import Tensor
 from polyrank.ops.rank_gate.epilogue import Epilogue
 
 SIXTEEN = (torch.bfloat16, torch.float16)
+INSTALLED = find_spec("triton") is not None
+_CAPABLE: dict[int, bool] = {}
 
 
 class Projection(NamedTuple):
@@ -32,20 +33,17 @@ class Projection(NamedTuple):
     counts: bool = False
 
 
-@lru_cache(maxsize=1)
-def installed() -> bool:
-    """Whether Triton can be imported."""
-    return find_spec("triton") is not None
-
-
-@lru_cache(maxsize=16)
 def _capable(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device not in _CAPABLE:
+        if torch.compiler.is_compiling():
+            return True
+        _CAPABLE[device] = torch.cuda.get_device_capability(device) >= (8, 0)
+    return _CAPABLE[device]
 
 
 def gains(x: Tensor, r: int) -> bool:
     """Whether kernels are the faster path, by `bench/results/rank_gate.csv`."""
-    if not x.is_cuda or x.dtype not in SIXTEEN or not installed() or torch.version.hip:
+    if not x.is_cuda or x.dtype not in SIXTEEN or not INSTALLED or torch.version.hip:
         return False
     return r <= 256 and x.shape[-1] >= 256 and _capable(x.device.index)
 

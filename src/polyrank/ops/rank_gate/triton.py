@@ -5,7 +5,6 @@ x. Logits that are not finite make the gates of their token NaN; the backward of
 raises for them, forward never waits for the device.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -27,8 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def problems(x: Tensor, r: int, shadow: Any) -> list[str]:
     """Say why the kernels cannot serve a call; empty if they can."""
     found = []
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not x.is_cuda and not interpreted:
+    if not x.is_cuda and not launch.INTERPRETED:
         found.append(f"x on {x.device.type}: kernels need a CUDA device")
     if x.dtype not in DTYPES:
         found.append(f"{x.dtype}: kernels compute in float32, bfloat16 or float16")
@@ -49,11 +47,18 @@ def _member(e: Epilogue, r: int, scale: float, live_from: int, count: bool) -> l
     )  # fmt: skip
 
 
+def _on(x: Tensor) -> Any:
+    """Makes the device of x the current one."""
+    if not x.is_cuda or x.device.index == torch._C._cuda_getDevice():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
 def _watch(device: torch.device, call: fused.Call) -> Callable[[], None] | None:
     """What backward calls to learn whether forward met logits that are not finite."""
     if torch.compiler.is_compiling() or not any(m.gated for m in call.members):
         return None
-    flag, event = launch.flag(device), None
+    flag, event = launch.raised(device), None
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing() or not call.keep:
             return None
@@ -62,8 +67,8 @@ def _watch(device: torch.device, call: fused.Call) -> Callable[[], None] | None:
     def finish() -> None:
         if event is not None:
             event.synchronize()
-        if flag.item():
-            flag.zero_()
+        if flag[0]:
+            flag[0] = 0
             raise NonFiniteError(MESSAGE.format("some tokens"))
 
     return finish
@@ -83,7 +88,8 @@ class _Fused(torch.autograd.Function):
             found = torch.ops.polyrank.rank_gate(x, list(given), mask, key, number, call.numbers())
             outs, counts, saved = found[:n], fused.found(found[n : 2 * n]), found[2 * n :]
         else:
-            outs, counts, saved = fused.forward(x, list(given), mask, seed, call)
+            with _on(x):
+                outs, counts, saved = fused.forward(x, list(given), mask, seed, call)
         finish = _watch(x.device, call)
         if finish is not None and not (x.is_cuda and call.keep):
             finish()
