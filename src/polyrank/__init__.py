@@ -49,7 +49,9 @@ _HOMES = {
     "prune": "polyrank.parts.gates",
     "register": "polyrank.frame",
     "run": "polyrank.engine",
+    "set_rank": "polyrank.parts.prefix",
     "stream": "polyrank.streams",
+    "truncate": "polyrank.layers",
     "view": "polyrank.layers",
 }
 _RENAMED = {"load_method_file": "load_file"}
