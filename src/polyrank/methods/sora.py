@@ -7,10 +7,10 @@ Maths: y = W x + b + s B (g ⊙ A x), s = alpha / r whatever is left of r; B = 0
     In stages ξ rises from xi to xi_max, each with its own schedule of rates; every stage is kept.
 Source: arXiv:2311.11696, and the released code.
 Differs from the released code: theirs is 0 below 2 ξ (`form="released"`); their rates are 0 after
-    the first stage (`shrink_only=True`); stages begin with fresh moments; kept parameters are
-    Σ kept (d_in + d_out), theirs come out wrong in feed-forward layers. `xi_scale="rate"` is the
-    paper's ξ λ-like step, ξ lr / peak. A new task goes on with the gates of the last one; those
-    that are zero get gradients and may come back.
+    the first stage (`shrink_only=True`); stages begin with fresh moments; gates without a gradient
+    shrink too; kept parameters are Σ kept (d_in + d_out), where theirs are wrong in feed-forward
+    layers. The paper's step is ξ lr / peak (`xi_scale="rate"`). A new task goes on with the gates
+    of the last one: those that are zero get gradients and may come back.
 Limits: with a constant ξ all gates shrink once the rate is below it. In one's own loop a stage is
     attach(…, phase="stage-2"); other phases are the first. Cost: r weights more than LoRA.
 Status: operators, optimiser, stages and pruning tested; published figures not verified.
