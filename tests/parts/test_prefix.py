@@ -107,6 +107,19 @@ def test_a_cut_adapter_trains_on_within_its_ranks():
     assert seen == {1, 2}
 
 
+def test_an_update_that_was_not_finished_leaves_no_draw():
+    model, layer = made()
+    attachment = pr.attach(pr.optimizer(model, 0.1), model)
+    model.train()
+    expected = model.eval()(x())
+    model.train()(x())
+    assert int(layer.core.drawn)
+    attachment.detach()
+    assert not int(layer.core.drawn)
+    with torch.no_grad():
+        assert torch.equal(model(x()), expected)
+
+
 def test_a_replica_acts_at_the_set_rank_too():
     model, layer = made()
     replica(model, "slow")

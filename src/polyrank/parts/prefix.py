@@ -294,6 +294,10 @@ class Draw(Rule):
 
     def after(self, step: Step) -> None:
         """Take the draw back."""
+        self.release()
+
+    def release(self) -> None:
+        """Take the draw back, of an update that was not finished too."""
         for core in self.cores:
             core.draw(0)
 
