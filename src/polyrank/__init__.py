@@ -40,6 +40,7 @@ _HOMES = {
     "conditioned": "polyrank.layers",
     "export": "polyrank.io.adapters",
     "hotswap": "polyrank.layers",
+    "initialise": "polyrank.layers",
     "load": "polyrank.layers",
     "load_method_file": "polyrank.frame",
     "merge": "polyrank.layers",

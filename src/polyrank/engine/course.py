@@ -111,11 +111,27 @@ class Course:
         if names:
             grow_head(self.model, names, seed=self.plan.seed)
         workshop = self._workshop()
+        # Strategies look at a start that is whole; a bank that grew wants another one.
+        self._initialise(workshop)
         # Strategies first: they look at the model as the last task left it.
         for number in [*range(1, len(self.boundaries)), 0]:
             self.boundaries[number].start(self._shown(), workshop, self.states[number])
+        self._initialise(workshop)
         self.absorbed |= workshop.absorbed
         self.stage = "work"
+
+    def _initialise(self, workshop: TaskWorkshop) -> None:
+        if workshop.initialise(self._first_rate(workshop)):
+            self.services.watch("job", {**self.where(), "job": "start"})
+
+    def _first_rate(self, workshop: TaskWorkshop) -> float:
+        """Return the learning rate of the first update that moves anything."""
+        settings = self.plan.settings
+        if settings.schedule == "constant" or not settings.warmup:
+            return settings.lr
+        rows = sum(len(train_rows(self.stream[i])) for i in self.groups[self.group])
+        updates = -(-rows // (settings.batch_size * settings.accumulation)) * settings.epochs
+        return settings.lr / max(1, int(settings.warmup * updates))
 
     def _work(self) -> None:
         workshop = self._workshop()
@@ -337,6 +353,7 @@ class Course:
             classes=tuple(c for index in group for c in self.stream[index].classes),
             known=len(earlier),
             first=self.group == 0 and not self.flowing,
+            flowing=self.flowing,
         )
 
     def _stepped(self) -> None:

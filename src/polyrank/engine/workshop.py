@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from polyrank.engine.data import TaskRows, batches
 from polyrank.engine.reading import Reader
 from polyrank.errors import ConfigError
-from polyrank.frame import Buffer, Layer, Saved, Workshop, keyed
+from polyrank.frame import Buffer, Layer, Loss, Saved, Workshop, keyed, seed_of
 from polyrank.layers import (
     AdaptedLinear,
     ModelAdapter,
@@ -22,6 +22,7 @@ from polyrank.layers import (
     adapter_of,
     append,
     extend,
+    initialise,
     keep,
     redraw,
     replica,
@@ -47,6 +48,7 @@ class TaskWorkshop(Workshop):
         classes: classes of the task.
         known: number of classes of all earlier tasks.
         first: whether no task was finished before.
+        flowing: whether tasks follow each other without marks.
 
     Attributes:
         absorbed: whether base weights have changed.
@@ -67,12 +69,13 @@ class TaskWorkshop(Workshop):
         classes: tuple[int, ...] = (),
         known: int = 0,
         first: bool = True,
+        flowing: bool = False,
     ) -> None:
         self.model, self.reader, self.parts = model, reader, parts
         self.seed, self.task, self.size = seed, task, size
         self.memories = {} if memories is None else memories
         self.buffer, self.classes, self.known, self.first = buffer, classes, known, first
-        self.absorbed = False
+        self.flowing, self.absorbed = flowing, False
         self.checked: dict[str, float] = {}
 
     @property
@@ -138,6 +141,37 @@ class TaskWorkshop(Workshop):
                 handle.remove()
         return {}
 
+    def initialise(self, rate: float) -> bool:
+        """Write the starting values of an adapter that waits for statistics of this task's rows.
+
+        Args:
+            rate: learning rate of the first update.
+
+        Returns:
+            Whether it waited.
+        """
+        if not any(view.waiting for view in self.adapter.layers):
+            return False
+        role = "train" if "train" in self.parts else "text"
+        # In their order, where rows of later tasks lie behind those of the first.
+        seed = None if self.flowing else seed_of(self.seed, self.task, "start")
+        batches = self.data(role, seed=seed)
+        initialise(self.model, batches, self._mean_loss, rate=rate, key=f"task-{self.task}")
+        return True
+
+    def _mean_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
+        """Return the mean task loss of one batch, and over how many terms it is."""
+        loss = self.reader.loss()
+        out = self.reader.forward(model, batch, loss.needs | LOGITS)
+        count = self._count(loss, batch)
+        return loss(out, batch) / count, count
+
+    @staticmethod
+    def _count(loss: Loss, batch: Mapping[str, Tensor]) -> int:
+        labels = batch["labels"]
+        count = int((labels[:, 1:] != -100).sum()) if labels.dim() == 2 else len(labels)
+        return max(1, count if loss.per == "label" else len(labels))
+
     @torch.no_grad()
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """Return the model's logits of one batch in evaluation mode, without gradients."""
@@ -152,11 +186,9 @@ class TaskWorkshop(Workshop):
         """
         moved = self._moved(batch)
         loss = self.reader.loss()
-        labels = moved["labels"]
-        count = int((labels[:, 1:] != -100).sum()) if labels.dim() == 2 else len(labels)
         with self._still(), torch.enable_grad():
             out = self.reader.forward(self.model, moved, loss.needs | LOGITS)
-            value = loss(out, moved) / max(1, count if loss.per == "label" else len(labels))
+            value = loss(out, moved) / self._count(loss, moved)
             found = torch.autograd.grad(value, list(params), allow_unused=True)
         grads = [
             p.new_zeros(p.shape) if g is None else g for g, p in zip(found, params, strict=True)

@@ -10,6 +10,8 @@ from polyrank.layers.linear import AdaptedLinear
 from polyrank.layers.plugin import install
 from polyrank.layers.root import ensure_flow, hook_of
 from polyrank.layers.saved import saved_of
+from polyrank.layers.starts import initialise
+from polyrank.layers.statistics import gather
 from polyrank.layers.structure import (
     absorb,
     append,
@@ -44,10 +46,12 @@ __all__ = [
     "ensure_flow",
     "extend",
     "gate_statistics",
+    "gather",
     "grow_head",
     "has_gates",
     "hook_of",
     "hotswap",
+    "initialise",
     "install",
     "keep",
     "load",

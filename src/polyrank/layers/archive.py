@@ -71,17 +71,23 @@ def settled(view: View) -> tuple[Tensor, Tensor]:
     return A, B @ core.delta().detach().to(B)[-out:, -inner:]
 
 
+def negated(view: View) -> list[tuple[Tensor, Tensor]]:
+    """Return what is subtracted as factors that are added: [(A0, −B0 δ0)], or [] without any."""
+    if view.shadow is None:
+        return []
+    A0, B0, delta = view.shadow
+    if delta is not None:
+        B0 = wide(B0) @ wide(delta) if delta.dim() == 2 else wide(B0) * wide(delta)
+    return [(A0, -B0)]
+
+
 def archived(view: View) -> tuple[Tensor, Tensor]:
     """Return (A, B) of all that a layer's base weight holds once its update is absorbed too.
 
     s B A is the sum of everything absorbed so far and of what acts now.
     """
     parts = [part for part in (view.dormant, view.bank, settled(view)) if part is not None]
-    if view.shadow is not None:
-        A0, B0, delta = view.shadow
-        if delta is not None:
-            B0 = wide(B0) @ wide(delta) if delta.dim() == 2 else wide(B0) * wide(delta)
-        parts.append((A0, -B0))
+    parts += negated(view)
     A = torch.cat([wide(A.detach()) for A, _ in parts])
     B = torch.cat([wide(B.detach()) for _, B in parts], dim=1)
     return A, B

@@ -18,7 +18,6 @@ from polyrank.frame import Core, Flow, Method, Site, keyed
 from polyrank.layers.archive import holds
 from polyrank.layers.compat import check_adapters_to_merge, in_out_features
 from polyrank.layers.fused import Sharing, through
-from polyrank.layers.fused import Sharing, through
 from polyrank.layers.trainability import DeclaredTrainability
 from polyrank.layers.views import Factor, Frozen, View, wide
 
@@ -76,7 +75,6 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
         self.flow = flow
         self.views: dict[str, View] = {}
         self.sharing = Sharing()
-        self.sharing = Sharing()
         self.transposed = type(base_layer).__name__ == "Conv1D"
         self.in_features, self.out_features = cast("tuple[int, int]", in_out_features(base_layer))
         self._disable_adapters = False
@@ -97,12 +95,16 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
             shapes: what `shapes` gave for a saved adapter, else empty.
             seed: key of the starting values; None leaves it unfilled.
         """
+        start, started = method.starting(), shapes.get("started", False)
+        if problems := [] if started else list(start.unfit(site)):
+            raise ConfigError(problems)
         core = method.core(site)
         self.polyrank_A[name] = Factor(core.widths[0], site.d_in)
         self.polyrank_B[name] = Factor(site.d_out, core.widths[1])
         self.polyrank_core[name] = core
         view = self.views[name] = View(self, name, method, site)
         view.scale = shapes.get("scale", view.scale)
+        view.waiting = bool(start.wants) and not started
         if (bank := shapes.get("bank")) is not None:
             values = shapes.get("bank_values", bank)
             self.polyrank_bank[name] = Frozen(
@@ -130,13 +132,15 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
         for each in self.cores(name):
             each.configure(shapes.get("core", {}))
         if seed is not None and view.A.device.type != "meta":
-            self.fill(name, seed)
+            view.fill(keyed(seed, name, site.path), started=started)
         self._move_adapter_to_device_of_base_layer(name)
 
     def shapes(self, name: str) -> dict[str, Any]:
         """Return what decides one adapter's shapes here beside its options, as plain values."""
         view = self.views[name]
         found: dict[str, Any] = {"r": view.site.r, "scale": view.scale}
+        if view.method.starting().wants and not view.waiting:
+            found["started"] = True
         if settings := view.core.settings():
             found["core"] = settings
         if name in self.polyrank_bank:
@@ -184,11 +188,11 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
         if view.archive is not None:
             view.core.banked(0 if view.bank is None else view.bank[0].shape[0])
 
-    def fill(self, name: str, seed: int, *key: int | str) -> None:
+    def fill(
+        self, name: str, seed: int, *key: int | str, stat: dict[str, Tensor] | None = None
+    ) -> None:
         """Write the starting values of one adapter, keyed by (seed, adapter, path)."""
-        view = self.views[name]
-        with torch.no_grad():
-            view.method.init().fill(view, None, keyed(seed, name, view.site.path, *key))
+        self.views[name].fill(keyed(seed, name, self.views[name].site.path, *key), stat)
 
     def replicate(self, name: str, replica: str) -> None:
         """Keep a frozen copy of one adapter's factors under a name that `Flow.view` can show."""
@@ -277,8 +281,6 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
                 f"input of {path}: got {x.dtype}, expected float32, bfloat16, float16 or float64; "
                 "embed or cast it before the layer"
             )
-        if flow.plain and not (args or kwargs) and (fast := through(self, x, flow)) is not None:
-            return fast
         if flow.plain and not (args or kwargs) and (fast := through(self, x, flow)) is not None:
             return fast
         y = self.base_layer(x, *args, **kwargs)

@@ -39,10 +39,13 @@ class FlowHook:
         self.names = [p.name for p in inspect.signature(model.forward).parameters.values()]
         self.before: list[dict[str, object] | None] = []
         self.probes: dict[str, View] = {}
+        # One view of every adapter whose start wants statistics.
+        self.starts: dict[str, View] = {}
         self._register(weakref.ref(model))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"flow": self.flow, "names": self.names, "probes": self.probes, "before": []}
+        kept = {name: getattr(self, name) for name in ("flow", "names", "probes", "starts")}
+        return {**kept, "before": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -51,6 +54,7 @@ class FlowHook:
     def _register(self, root: weakref.ref[nn.Module] | None) -> None:
         self.root = root
         self.seen: dict[str, _Mark] = {}
+        self.gathering = False
         self.alarms: dict[str, int] = {}
         self.number = next(_NUMBERS)
         HOOKS[self.number] = self
@@ -79,6 +83,18 @@ class FlowHook:
         return args, {k: v for k, v in kwargs.items() if k != CONDITION}
 
     def _train(self, module: nn.Module) -> None:
+        if self.gathering:
+            # Nothing is trained, but every forward drops out other entries.
+            self.flow.draw.add_(1)
+            return
+        for name, view in self.starts.items():
+            if view.waiting and view.acts():
+                raise InertError(
+                    f"adapter {name!r}: the start of {view.method.name!r} wants "
+                    f"{', '.join(sorted(view.method.starting().wants))}, which nobody gathered, so "
+                    "it would train as plain LoRA; call polyrank.initialise(model, batches) before "
+                    "the optimiser is made"
+                )
         if torch.compiler.is_compiling():
             # Rules begin outside of the graph, which would keep the numbers of its first forward.
             training_forward(self.flow.draw, self.number)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from polyrank.errors import ConfigError, MergeError
 from polyrank.frame import Core, Head, Site, keyed
 from polyrank.layers.adapter import adapter_of
-from polyrank.layers.archive import archived, settled, witness
+from polyrank.layers.archive import archived, negated, settled, witness
 from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.hosts import HeadHost
 from polyrank.layers.views import Factor, Frozen, View, wide
@@ -106,7 +106,8 @@ def append(
     if problems := [p for view in found.layers for p in _append_problems(view)][:1]:
         raise ConfigError(problems)
     for view in found.layers:
-        parts = [part for part in (view.bank, settled(view)) if part is not None]
+        parts = [p for p in (view.bank, settled(view), *negated(view)) if p is not None]
+        view.shadow = None
         A = torch.cat([part.detach() for part, _ in parts])
         B = torch.cat([part.detach() for _, part in parts], dim=1)
         site = _resized(view, view.site.r if r is None else r)
@@ -144,7 +145,12 @@ def _append_problems(view: View) -> Iterator[str]:
             f"append: adapter {view.name!r} was compacted for evaluation and cannot be trained on; "
             "grow the adapter as it was before"
         )
-    if core.widths[0] != core.widths[1]:
+    if view.shadow is not None and view.name in view.module.polyrank_replica:
+        yield (
+            f"append: replicas of adapter {view.name!r} share its shadow, which goes into the "
+            "bank; drop them before, or use absorb"
+        )
+    elif core.widths[0] != core.widths[1]:
         yield (
             f"append: the core {type(core).__name__} maps {core.widths[0]} to {core.widths[1]} "
             f"ranks, "
@@ -168,7 +174,7 @@ def redraw(
     found = adapter_of(model, adapter)
     for view in found.layers:
         view.module.fill(found.name, seed, key)
-        if view.shadow is not None:
+        if view.shadow is not None or view.method.starting().wants:
             _note(model, view)
 
 

@@ -132,6 +132,8 @@ class PolyrankModel(BaseTuner):
         )
         if hook is not None and first is not None and self._method.steered():
             hook.probes[name] = first.views[name]
+        if hook is not None and first is not None and self._method.starting().wants:
+            hook.starts[name] = first.views[name]
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -165,7 +167,8 @@ class PolyrankModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         # PEFT's word for weights stored as (d_in, d_out); a plain LoRA made from this asks for it.
         peft_config.fan_in_fan_out |= layer.transposed
-        if layer.views[adapter_name].shadow is not None:
+        view = layer.views[adapter_name]
+        if view.shadow is not None or (view.method.starting().wants and not view.waiting):
             peft_config.sites[current_key] = layer.shapes(adapter_name)
         if not peft_config.init_weights and layer.views[adapter_name].B.device.type != "meta":
             with torch.no_grad():
@@ -321,6 +324,7 @@ class PolyrankModel(BaseTuner):
         super().delete_adapter(adapter_name)
         if (hook := hook_of(self.model)) is not None:
             hook.probes.pop(adapter_name, None)
+            hook.starts.pop(adapter_name, None)
         for module in self.model.modules():
             if isinstance(module, (BlockHost, HeadHost)):
                 module.drop(adapter_name)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyrank.errors import ConfigError
-from polyrank.frame import Core, Flow, Layer, Method, Portion, Site, seed_of
+from polyrank.frame import Core, Flow, KaimingZero, Layer, Method, Portion, Site, seed_of
 from polyrank.ops.philox import dropout as seeded_dropout
 from polyrank.ops.rank_gate import rank_gate
 
@@ -98,6 +98,8 @@ class View(Layer):
         self.order: list[int] | None = None
         # Values were dropped that only training reads.
         self.evaluating = False
+        # The method's start wants statistics that were not gathered yet.
+        self.waiting = False
 
     @property
     def A(self) -> nn.Parameter:  # type: ignore[override]
@@ -165,6 +167,31 @@ class View(Layer):
         A0, B0, delta = factors
         delta = None if delta is None else delta.detach().clone()
         held[self.name] = Frozen(A0.detach().clone(), B0.detach().clone(), delta=delta)
+
+    @torch.no_grad()
+    def fill(
+        self, rng: torch.Generator, stat: dict[str, Tensor] | None = None, *, started: bool = False
+    ) -> None:
+        """Write the starting values.
+
+        Without the statistics that its start wants, the adapter waits for them and answers as its
+        base; those of the base weight are taken from it. With `started` the saved start follows,
+        which came from data or is dear to find again.
+        """
+        start = self.method.starting()
+        if stat is None and start.wants == {"weight"} and not started:
+            weight = getattr(self.module.get_base_layer(), "weight", None)
+            stat = None if weight is None or weight.is_meta else {"weight": self.weight()}
+        without = bool(start.wants) and stat is None
+        self.waiting = without and not started
+        if self.waiting:
+            self.shadow = None
+        (KaimingZero() if without else start).fill(self, stat, rng)
+
+    def acts(self) -> bool:
+        """Say whether this adapter takes part in a forward."""
+        layer = self.module
+        return not layer._disable_adapters and self.name in layer.active_adapters
 
     def weight(self) -> Tensor:
         """Return the base weight as dense fp32 (d_out, d_in)."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from polyrank.engine.attachment import attach
 from polyrank.errors import ConfigError
 from polyrank.frame import Method, get, names
-from polyrank.layers import adapt, conditioned
+from polyrank.layers import adapt, conditioned, initialise
 from polyrank.parts.optimizer import optimizer
 from polyrank.testing.models import BATCH, MODELS, Tiny
 
@@ -57,7 +57,12 @@ class Case:
         **config: Any,
     ) -> PeftModel:
         """Return the tiny model with a fresh adapter on all linear layers, in evaluation mode."""
-        model = adapt(self.tiny.build(dtype), method or self.method, seed=1, **config)
+        made = method or self.method
+        model = adapt(self.tiny.build(dtype), made, seed=1, **config)
+        if (wants := made.starting().wants) - {"weight"}:
+            batches = [self.tiny.inputs(seed, dtype) for seed in (7, 8)]
+            rate = 1e-2 if "rate" in wants else None
+            initialise(model, batches, self._value, rate=rate)
         return model.eval()
 
     def conditions(self) -> Tensor | None:
@@ -92,14 +97,17 @@ class Case:
 
     def loss(self, model: nn.Module, *, seed: int = 0) -> Tensor:
         """Return the loss of a batch."""
-        batch = self.tiny.inputs(seed)
         with self.shown(model):
-            if not self.tiny.classifies:
-                found: Tensor = model(**batch).loss
-                return found
-            # Not the model's own loss: it counts the classes of its config, not those of a head.
-            labels = batch.pop("labels")
-            logits = self.tiny.read(model(**batch)).float()
+            return self._value(model, self.tiny.inputs(seed))
+
+    def _value(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if not self.tiny.classifies:
+            found: Tensor = model(**batch).loss
+            return found
+        # Not the model's own loss: it counts the classes of its config, not those of a head.
+        labels = batch["labels"]
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = self.tiny.read(model(**inputs)).float()
         return F.cross_entropy(logits, labels % logits.shape[-1])
 
     def train(
