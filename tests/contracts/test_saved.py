@@ -25,6 +25,7 @@ from polyrank.frame import (
 from polyrank.layers import (
     adapter_of,
     append,
+    compact,
     grow_head,
     keep,
     replica,
@@ -190,6 +191,19 @@ def bank():
     return lora, model
 
 
+def compacted():
+    mora = case("mora", r=3, tau=0.2)
+    model = trained(mora)
+    append(model, 2)
+    mora.train(model)
+    append(model, 3)
+    mora.train(model)
+    with torch.no_grad():
+        layers_of(model)[0].bank[1][:, 1] = 0
+    assert compact(model)[0].silent == 1
+    return mora, model
+
+
 def pruned():
     toy = case("scaled", r=4)
     model = trained(toy)
@@ -225,7 +239,7 @@ def block():
 
 def test_a_fresh_process_rebuilds_every_shape_from_the_config(tmp_path, toys):
     wanted = []
-    for make in (bank, pruned, shadow, head, block):
+    for make in (bank, compacted, pruned, shadow, head, block):
         toy, model = make()
         folder = tmp_path / "saved" / f"{make.__name__}-{toy.tiny.name}"
         model.save_pretrained(folder)
