@@ -35,6 +35,7 @@ _HOMES = {
     "TrainerMixin": "polyrank.engine",
     "adapt": "polyrank.layers",
     "adapter_of": "polyrank.layers",
+    "altlora_optimizer": "polyrank.parts.alternating",
     "attach": "polyrank.engine",
     "attach_automatically": "polyrank.engine",
     "conditioned": "polyrank.layers",

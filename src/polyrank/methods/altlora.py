@@ -20,7 +20,7 @@ Status: laws, invariance and the released form tested; published figures not ver
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from polyrank.frame import Adapter, Group, Method, Rule, register
@@ -34,6 +34,7 @@ class AltLoRA(Method):
     """Alternating projections, on plain LoRA.
 
     Args:
+        factor_lr: rate of the factors over that of all else that trains, such as a head, > 0.
         plus: whether steps are divided by √V, as AltLoRA+ does.
         beta1: β1 in [0, 1), of the momentum.
         beta2: β2 in [0, 1), of V.
@@ -50,6 +51,7 @@ class AltLoRA(Method):
             leave B A as it is; 0 for none.
     """
 
+    factor_lr: float = 1.0
     plus: bool = False
     beta1: float = 0.9
     beta2: float = 0.999
@@ -75,12 +77,14 @@ class AltLoRA(Method):
 
     def problems(self) -> Iterator[str]:
         """Check the optimiser's options."""
+        if not self.factor_lr > 0:
+            yield f"factor_lr: got {self.factor_lr}, expected > 0; 1 is the rate of all else"
         yield from option_problems(self.options())
 
     def groups(self, adapter: Adapter, args: Any = None) -> list[Group]:
         """Put all factors into one group of pairs, and leave the rest as it is."""
         options = {name: getattr(self, name) for name in OPTIONS}
-        pairs = pair_group(adapter, options)
+        pairs = replace(pair_group(adapter, options), lr=self.factor_lr)
         held = {id(p) for p in pairs.params}
         others = super().groups(adapter, args)
         for group in others:

@@ -1,6 +1,7 @@
 """Reusable pieces of methods, one module an axis."""
 
 from polyrank.parts import (
+    alternating,
     average,
     boundaries,
     catalogue,
@@ -16,10 +17,12 @@ from polyrank.parts import (
     memory,
     mixtures,
     optimizer,
+    pairs,
     per_sample,
     prefix,
     ramp,
     routers,
+    row_scale,
     rows,
     rules,
     settle,
@@ -28,6 +31,7 @@ from polyrank.parts import (
 )
 
 __all__ = [
+    "alternating",
     "average",
     "boundaries",
     "catalogue",
@@ -43,10 +47,12 @@ __all__ = [
     "memory",
     "mixtures",
     "optimizer",
+    "pairs",
     "per_sample",
     "prefix",
     "ramp",
     "routers",
+    "row_scale",
     "rows",
     "rules",
     "settle",

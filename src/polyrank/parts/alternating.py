@@ -320,7 +320,8 @@ def _failure(found: list[Move], side: str, damping: float) -> RunError:
                     "finite; lower the learning rate, or set clip"
                 )
             other = "B" if side == "A" else "A"
-            condition = float(torch.linalg.cond(F.mT @ F))
+            # That of zero comes as NaN.
+            condition = float(torch.linalg.cond(F.mT @ F).nan_to_num(torch.inf))
             return RunError(
                 f"altlora at {pair.name}: the Gram matrix of {other} has condition number "
                 f"{condition:.3g} and cannot be inverted with damping={damping:g}; use "
