@@ -79,9 +79,6 @@ def best(G, ranks):
     return U[:, :ranks] * S[:ranks] @ Vt[:ranks]
 
 
-ONE_ULP = "4 ulp of the larger of the two, the spec's bound"
-
-
 @pytest.mark.parametrize("magnitude", MAGNITUDES)
 def test_ga_1_start_and_shadow_add_up_to_the_weight(magnitude):
     model = start(magnitude=magnitude)
@@ -165,7 +162,7 @@ def test_ga_5_the_product_with_the_gradient_is_its_best_approximation(direction,
     for path, view in layers(model).items():
         A, B, G = view.A.detach(), view.B.detach(), grads[path]
         found = G @ A.T @ A + B @ B.T @ G
-        reason = "the spec's 1e-4: an approximation from a gradient in fp32"
+        reason = "1e-4 is asked for: an approximation from a gradient in fp32"
         assert_close(found, factor(view) ** 2 * best(G, 2 * r), tol=1e-4, reason=reason)
 
 
@@ -374,7 +371,7 @@ def test_a_quantised_base_starts_from_its_gradient_as_well():
     (view,) = adapter_of(model).layers
     A, B = view.A.detach(), view.B.detach()
     found = G @ A.T @ A + B @ B.T @ G
-    reason = "the spec's 1e-4: an approximation from a gradient in fp32"
+    reason = "1e-4 is asked for: an approximation from a gradient in fp32"
     assert_close(found, factor(view) ** 2 * best(G, 4), tol=1e-4, reason=reason)
     weighed = pr.adapt(Quantised(), pr.method("lora-ga", r=2, norm_clip=True), ["up"], seed=1)
     with pytest.raises(MergeError, match="is quantised"):
