@@ -303,7 +303,36 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
         assert_close(found, value, tol=1e-9, reason="sums in another order, four steps")
 
 
-# What follows is PEFT's own LoRA.
+def test_lent_to_plain_lora_it_is_altlora():
+    ours, theirs = adapted(), adapted("lora", optim_by="altlora")
+    train(ours, 4)
+    train(theirs, 4)
+    same(weights(ours), weights(theirs))
+
+
+def test_lent_to_gated_methods_it_moves_factors_and_leaves_gates_as_they_are():
+    model = adapted("sora", optim_by="altlora:plus=true", xi=0.0, gate_lr=0.5, head=False)
+    optimizer = pr.optimizer(model, 0.05)
+    assert [g["update"] for g in optimizer.param_groups] == ["altlora", "adam-gate"]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.05, 0.025]
+    before = weights(model)
+    train(model, 2, optimizer=optimizer)
+    assert all(not torch.equal(before[n], p) for n, p in weights(model).items())
+    assert "anchor" in optimizer.state[pr.adapter_of(model).layers[0].A]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "reason"),
+    [
+        ("smora", {"r": 4, "k": 2, "scaling": "alpha/r"}, "and smora has RankGate"),
+        ("lora", {"lr_ratio": 16.0}, "lora has its own optimiser"),
+        ("allora", {}, "'idle' expects an untouched true_grad, but 'scaledgradient' changes it"),
+        ("allora", {"form": "output"}, "and allora has ByOutput"),
+    ],
+)
+def test_it_is_not_lent_where_its_mathematics_does_not_hold(method, options, reason):
+    with pytest.raises(ConfigError, match=reason):
+        pr.method(method, optim_by="altlora", **options)
 
 
 def stock(dtype=torch.float64, **options):
@@ -388,9 +417,6 @@ def test_what_is_no_lora_of_peft_is_refused():
         pr.altlora_optimizer(adapted(), 0.1)
     with pytest.raises(ConfigError, match=r"unknown option 'dampin'.*did you mean 'damping'"):
         pr.altlora_optimizer(stock(), 0.1, dampin=1.0)
-
-
-# What follows are refusals.
 
 
 @pytest.mark.parametrize(

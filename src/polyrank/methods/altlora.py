@@ -23,9 +23,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from polyrank.frame import Adapter, Group, Method, Rule, register
+from polyrank.frame import Adapter, Group, Identity, Method, Rule, Site, register
 from polyrank.parts import alternating  # noqa: F401 - it serves the update
-from polyrank.parts.pairs import OPTIONS, Idle, option_problems, pair_group
+from polyrank.parts.pairs import OPTIONS, Idle, option_problems, pair_group, pairable
 
 
 @register
@@ -66,6 +66,7 @@ class AltLoRA(Method):
     clip: float = 0.0
     balance_every: int = 0
 
+    lendable: ClassVar[frozenset[str]] = frozenset({"optim"})
     presets: ClassVar = {
         "paper": {"first": "A"},
         "paper-plus": {"plus": True, "first": "A"},
@@ -81,12 +82,29 @@ class AltLoRA(Method):
             yield f"factor_lr: got {self.factor_lr}, expected > 0; 1 is the rate of all else"
         yield from option_problems(self.options())
 
+    def lends(self, what: str, to: Method) -> Iterator[str]:
+        """Say why a method's factors are not moved so: both must train, and no token weigh them."""
+        if what != "optim":
+            return (yield from super().lends(what, to))
+        core = to.core(Site(path="", d_in=to.r, d_out=to.r, r=to.r, alpha=to.alpha))
+        if not pairable(core):
+            yield (
+                "a gradient is projected through factors with the identity or a constant diagonal "
+                f"between them, and {to.name} has {type(core).__name__}"
+            )
+        elif not {"A", "B"} <= to.trains:
+            yield f"both factors have to train, and {to.name} trains {', '.join(sorted(to.trains))}"
+        elif type(core) is Identity and to.decides("optim"):
+            yield f"{to.name} has its own optimiser"
+
     def groups(self, adapter: Adapter, args: Any = None) -> list[Group]:
-        """Put all factors into one group of pairs, and leave the rest as it is."""
+        """Put all factors into one group of pairs; the rest is as the adapter's method has it."""
         options = {name: getattr(self, name) for name in OPTIONS}
         pairs = replace(pair_group(adapter, options), lr=self.factor_lr)
         held = {id(p) for p in pairs.params}
-        others = super().groups(adapter, args)
+        owner = getattr(adapter, "method", self)
+        own = isinstance(owner, AltLoRA)
+        others = super().groups(adapter, args) if own else owner.groups(adapter, args)
         for group in others:
             group.params[:] = [p for p in group.params if id(p) not in held]
         return [group for group in (pairs, *others) if group.params]

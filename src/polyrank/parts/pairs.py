@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from polyrank.errors import ConfigError, nearest
-from polyrank.frame import ORDER, Adapter, Group, Identity, Layer, Rule, Step, Workshop
+from polyrank.frame import ORDER, Adapter, Core, Group, Identity, Rule, Step, Workshop
 from polyrank.parts.gates import StaticGate
 
 if TYPE_CHECKING:
@@ -114,9 +114,9 @@ def group_problems(group: dict[str, Any]) -> Iterator[str]:
             yield f"pair {pair['name']}: got scale {pair['scale']}, expected a finite number > 0"
 
 
-def pairable(layer: Layer) -> bool:
-    """Say whether W = W0 + s B diag(g) A holds at a layer, with the same g for every token."""
-    return type(layer.core) is Identity or isinstance(layer.core, StaticGate)
+def pairable(core: Core) -> bool:
+    """Say whether W = W0 + s B diag(g) A holds with a core, with the same g for every token."""
+    return type(core) is Identity or isinstance(core, StaticGate)
 
 
 def pair_group(adapter: Adapter, options: Mapping[str, Any]) -> Group:
@@ -133,7 +133,7 @@ def pair_group(adapter: Adapter, options: Mapping[str, Any]) -> Group:
         path = layer.site.path
         if not any(trained):
             continue
-        if not pairable(layer):
+        if not pairable(layer.core):
             problems.append(
                 f"altlora at {path}: the core {type(layer.core).__name__} may weigh ranks anew for "
                 "every token, so that no projection of the gradient belongs to its factors; use a "
