@@ -165,6 +165,18 @@ def host(args):
 
     x = [torch.randn(64, 512, device="cuda").bfloat16().requires_grad_()]
     dy = torch.randn(64, 512, device="cuda").bfloat16()
+    a, b, W = (torch.randn(512, 512, device="cuda").bfloat16() for _ in range(3))
+    products = {
+        "mm": lambda: torch.mm(a, W),
+        "mm, out": lambda: torch.mm(a, W, out=b),
+        "addmm_": lambda: b.addmm_(a, W),
+        "addmm, out": lambda: torch.addmm(b, a, W, out=b),
+        "baddbmm_": lambda: b[None].baddbmm_(a[None], W[None]),
+        "new_empty": lambda: a.new_empty(512, 64),
+        "event": lambda: torch.cuda.current_stream().record_event(),
+    }
+    for name, us in rounds_us(products, 10, 100).items():
+        print(f"host {name:16} {us:7.1f} us")
     models = systems(512, 512, 64, 8, False)
     attach(models)
     for system, (model, path) in models.items():

@@ -50,18 +50,15 @@ class Data:
         def draw(*shape, dtype=torch.bfloat16):
             return torch.randn(*shape, generator=rng, device="cuda").to(dtype)
 
+        self.T, self.dim, self.n, self.r = T, d, n, r
         self.x = [draw(T, d) for _ in range(SETS)]
         self.y = [draw(T, n) for _ in range(SETS)]
         self.d = [draw(T, 2 * r) for _ in range(SETS)]
         self.q = [draw(T, r) for _ in range(SETS)]
         self.W = draw(n, d) / d**0.5
-        self.t = launch.Tensors(
-            draw(r, d, dtype=torch.float32) / 64, draw(r, d, dtype=torch.float32) / 64,
-            draw(n, r, dtype=torch.float32), None, torch.zeros(r, device="cuda"),
-        )  # fmt: skip
-        self.AW = draw(2 * r, d) / 64
-        self.B = draw(n, r)
-        self.bf = launch.Packed(self.AW, self.B, None)
+        self.A, self.rows = (draw(r, d, dtype=torch.float32) / 64 for _ in range(2))
+        self.B32, self.bias = draw(n, r, dtype=torch.float32), torch.zeros(r, device="cuda")
+        self.AW, self.B = draw(2 * r, d) / 64, draw(n, r)
         self.kept = draw(T, r, dtype=torch.float32)
         self.out_k = torch.empty(2 * r, d, device="cuda")
         self.out_v = torch.empty(n, r, device="cuda")
@@ -72,36 +69,74 @@ def member(kind, k=8):
     return launch.Member(kind, k, 1, False, 8.0, 1e-30, 1.0, 0.0, 1e-12, 2.0, 0, False)
 
 
-def works(D, r):
-    """Name → (function of a buffer's number, kind of tile)."""
-    gate, plain = member("sigmoid"), member("none")
-    key = {"mask": None, "dropout": 0.0, "seed": 0}
+def reads(D, m, keep=True, packed=True):
+    """The first pass."""
+    A, rows = (D.AW, D.AW[D.r :]) if packed else (D.A, D.rows)
+    work = launch.read(
+        m, D.T, D.dim, D.r, (D.dim, D.dim, D.dim, D.r), torch.bfloat16, keep=keep, counts=False,
+        bias=m.linear, mask=False, dropout=0.0, seeded=False, packed=packed,
+    )  # fmt: skip
+    flag = launch.flag(D.AW.device)
+    return lambda i: work(
+        D.x[i], A, rows, D.x[i], D.bias, D.x[i], D.q[i], D.q[i], D.kept, D.q[i], flag,
+        *work.split(D.AW),
+    )  # fmt: skip
 
-    def read(m, keep):
-        t = D.t if m.linear else D.t._replace(rows=None, bias=None)
-        return lambda i: launch.read(m, t, D.x[i], D.bf, keep=keep, **key)
 
-    def inner(m):
-        t = D.t if m.linear else D.t._replace(rows=None, bias=None)
-        return lambda i: launch.inner(
-            m, t, D.y[i], D.B, launch.Read(D.q[i], D.q[i], D.kept), D.d[i], D.q[i]
-        )
+def inners(D, m):
+    """The pass over dy."""
+    strides = (D.n, D.r, 1, 2 * D.r)
+    work = launch.inner(m, D.T, D.n, D.r, strides, 0, torch.bfloat16, bias=m.linear)
+    return lambda i: work(
+        D.y[i], D.B, D.bias, D.bias, D.q[i], D.kept, D.q[i], D.d[i], D.d[i][:, D.r :], D.bias,
+        *work.split(D.AW),
+    )  # fmt: skip
 
-    return {
-        "read-router": (read(gate, True), "read"),
-        "read-all-on": (read(member("sigmoid", 64), True), "read"),
-        "read-plain": (read(plain, True), "read"),
-        "inner-router": (inner(gate), "read"),
-        "inner-plain": (inner(plain), "read"),
-        "write-y": (lambda i: launch.write(D.y[i], D.q[i], D.B.t(), 2.0), "write"),
-        "write-dx": (lambda i: launch.write(D.x[i], D.d[i], D.AW, 1.0), "write"),
-        "add-y": (lambda i: launch.write(D.y[i], D.q[i], D.B.t(), 2.0, base=D.y[i]), "write"),
-        "add-dx": (lambda i: launch.write(D.x[i], D.d[i], D.AW, 1.0, base=D.x[i]), "write"),
-        "outer-B": (lambda i: launch.outer(D.y[i], D.q[i], D.out_v, 2.0), "outer"),
-        "outer-AW": (lambda i: launch.outer(D.x[i], D.d[i], D.out_k.t(), 1.0), "outer"),
-        "outer-A": (lambda i: launch.outer(D.x[i], D.q[i], D.out_k[:r].t(), 1.0), "outer"),
-        "pack": (lambda i: launch.pack(gate, D.t, D.AW), ""),
-    }
+
+def writes(D, which, add):
+    """A thin product onto y, or onto the gradient of x."""
+    N, K = (D.n, D.r) if which == "y" else (D.dim, 2 * D.r)
+    weight = (1, D.r) if which == "y" else (D.dim, 1)
+    work = launch.write(D.T, N, K, (N, N, K, *weight), 2.0, torch.bfloat16, add=add)
+    if which == "y":
+        return lambda i: work(D.y[i], D.y[i], D.q[i], D.B, D.y[i])
+    return lambda i: work(D.x[i], D.x[i], D.d[i], D.AW, D.x[i])
+
+
+def outers(D, which):
+    """Gradient of B, of [A; rows], of A."""
+    if which == "B":
+        work = launch.outer(D.T, D.n, D.r, (D.n, D.r, D.r, 1), 2.0, torch.bfloat16)
+        return lambda i: work(D.y[i], D.q[i], D.out_v, D.y[i], *work.split(D.AW))
+    K = 2 * D.r if which == "AW" else D.r
+    work = launch.outer(D.T, D.dim, K, (D.dim, K, 1, D.dim), 1.0, torch.bfloat16)
+    right = D.d if which == "AW" else D.q
+    return lambda i: work(D.x[i], right[i], D.out_k.t(), D.x[i], *work.split(D.AW))
+
+
+def packs(D):
+    """Casts of the factors."""
+    work = launch.pack(member("sigmoid"), D.dim, D.n, D.r, D.r, (D.dim, D.dim, D.r))
+    return lambda i: work(D.A, D.rows, D.B32, D.AW, D.B, D.AW)
+
+
+# Name → (function of the data that gives the work, kind of tile).
+WORKS = {
+    "read-router": (lambda D: reads(D, member("sigmoid")), "read"),
+    "read-all-on": (lambda D: reads(D, member("sigmoid", D.r)), "read"),
+    "read-plain": (lambda D: reads(D, member("none")), "read"),
+    "read-unpacked": (lambda D: reads(D, member("sigmoid"), keep=False, packed=False), "read"),
+    "inner-router": (lambda D: inners(D, member("sigmoid")), "read"),
+    "inner-plain": (lambda D: inners(D, member("none")), "read"),
+    "write-y": (lambda D: writes(D, "y", False), "write"),
+    "write-dx": (lambda D: writes(D, "dx", False), "write"),
+    "add-y": (lambda D: writes(D, "y", True), "write"),
+    "add-dx": (lambda D: writes(D, "dx", True), "write"),
+    "outer-B": (lambda D: outers(D, "B"), "outer"),
+    "outer-AW": (lambda D: outers(D, "AW"), "outer"),
+    "outer-A": (lambda D: outers(D, "A"), "outer"),
+    "pack": (packs, ""),
+}
 
 
 def torch_works(D, r):
@@ -127,6 +162,11 @@ def torch_works(D, r):
 
 
 GRID = {
+    "": [None],
+    "few": [
+        (16, bk, split, w, s)
+        for bk in (64, 128, 256) for split in (1, 4, 8, 16, 32) for w, s in ((4, 2), (4, 3))
+    ],
     "read": [
         (64, 128, 1, 4, 5), (64, 256, 1, 4, 2), (64, 256, 1, 8, 2), (32, 128, 1, 4, 4),
         (64, 64, 1, 4, 8), (128, 128, 1, 8, 3), (64, 64, 1, 4, 4), (64, 64, 1, 4, 6),
@@ -148,17 +188,18 @@ GRID = {
 }  # fmt: skip
 
 
-def cases(D, r, only):
+def cases(D, only):
     """(name, tile, function) of every kernel under every tile."""
-    for name, (work, grid) in works(D, r).items():
+    for name, (make, grid) in WORKS.items():
         if only and not any(name.startswith(o) for o in only):
             continue
-        for size in GRID.get(grid, [None]):
-            yield name, size, tiled(work, grid, size)
+        for size in GRID[grid if D.T > 256 or grid != "read" else "few"]:
+            yield name, size, tiled(lambda make=make: make(D), grid, size)
 
 
-def tiled(work, grid, size):
-    """The work under one size of tile."""
+def tiled(make, grid, size):
+    """The work, made under one size of tile when it is first done."""
+    made = []
 
     def run(i):
         kept = tiles.read, tiles.write, tiles.outer
@@ -168,12 +209,12 @@ def tiled(work, grid, size):
             tiles.write = lambda T, n, k, b: (*size[:2], min(128, tiles.padded(k)), *size[3:])
         elif grid == "outer":
             tiles.outer = lambda T, n, k, b: (size[0], min(128, tiles.padded(k)), *size[2:])
-        # What was started with other tiles is not to be found again.
-        launch._COMPILED.clear()
         try:
-            return work(i)
+            if not made:
+                made.append(make())
         finally:
             tiles.read, tiles.write, tiles.outer = kept
+        return made[0](i)
 
     return run
 
@@ -199,7 +240,7 @@ def main():
     parser.add_argument("--out", default="")
     a = parser.parse_args()
     D = Data(a.tokens, a.d, a.out_features or a.d, a.r)
-    every = cases(D, a.r, [k for k in a.kernels.split(",") if k])
+    every = cases(D, [k for k in a.kernels.split(",") if k])
     if a.compile:
         part, parts = map(int, a.compile.split("/"))
         for name, size, work in itertools.islice(every, part, None, parts):

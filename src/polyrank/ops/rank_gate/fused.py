@@ -4,104 +4,85 @@
 for compiled graphs, and behind one autograd.Function; `triton.py` chooses what they are given.
 """
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from polyrank.ops.rank_gate import launch
-from polyrank.ops.rank_gate.kernel_gates import KINDS
-from polyrank.ops.rank_gate.launch import Member, Read, Tensors
+from polyrank.ops.rank_gate.plan import WIDTH, Call, Given, Part, Plan, call_of, plan_of, unit
 
-# Of one member: y or W, the bias of W, A, rows, B, gate, balance bias, row_scale.
-WIDTH = 8
-# Tensors, or None where a member has none.
-Given = list[Any]
-
-
-class Call(NamedTuple):
-    """The constants of one call."""
-
-    members: tuple[Member, ...]
-    dropout: float
-    # Whether the base product is made here, from W, and not given as y.
-    owned: bool
-    keep: bool
-    packs: bool
-    inplace: bool = False
-
-    def numbers(self) -> list[float]:
-        """The same as numbers, which an operator of torch.library can take."""
-        flat = [self.dropout, self.owned, self.keep, self.packs]
-        for m in self.members:
-            flat += [KINDS.index(m.kind), *m[1:]]
-        return [float(v) for v in flat]
-
-
-@lru_cache(maxsize=4096)
-def _call(numbers: tuple[float, ...]) -> Call:
-    dropout, *flags = numbers[:4]
-    size, members = len(Member._fields), []
-    for start in range(4, len(numbers), size):
-        kind, k, block, in_weight, *rates, live, counts = numbers[start : start + size]
-        first: list[Any] = [KINDS[int(kind)], int(k), int(block), bool(in_weight), *rates]
-        members.append(Member(*(*first, int(live), bool(counts))))
-    owned, keep, packs = (bool(f) for f in flags)
-    return Call(tuple(members), dropout, owned, keep, packs)
-
-
-def _split(call: Call, given: Given) -> list[tuple[Any, Any, Tensors, Any]]:
-    found = []
-    for i in range(len(call.members)):
-        base, bias, A, rows, B, gate, balance, row_scale = given[i * WIDTH : (i + 1) * WIDTH]
-        found.append((base, bias, Tensors(A, rows, B, gate, balance), row_scale))
-    return found
+# torch.mm(bf16, bf16, out_dtype=fp32), on CUDA only, came with torch 2.8.
+MM_WIDE = hasattr(torch.ops.aten.mm, "dtype")
 
 
 def flat(x: Tensor) -> Tensor:
     """x as (T, d), rows in one piece."""
-    return launch._unit(x.reshape(-1, x.shape[-1]))
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return unit(x)
 
 
 def forward(
     x: Tensor, given: Given, mask: Tensor | None, seed: int | Tensor, call: Call
-) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+) -> tuple[list[Tensor], Given, Given, Plan]:
     """Outputs and counts of every member, and what backward needs: [[A; rows], (B, h, kept) …]."""
-    flat_x, parts = flat(x), _split(call, given)
-    ranks = [m.ranks(t.r) for m, (_, _, t, _) in zip(call.members, parts, strict=True)]
-    AW = x.new_empty(sum(ranks), x.shape[-1]) if call.packs else None
-    outs, counts, start = [], [], 0
-    saved: Given = [AW]
-    for m, (base, bias, t, _), width in zip(call.members, parts, ranks, strict=True):
-        packed = None if AW is None else launch.pack(m, t, AW[start : start + width])
-        start += width
-        flat_mask = None if mask is None else mask.reshape(-1)
-        found = launch.read(
-            m, t, flat_x, packed, keep=call.keep, mask=flat_mask, dropout=call.dropout, seed=seed
-        )
-        B = (t.B if packed is None else packed.B).t()
-        # Silent ranks have no column of B.
-        q = found.q[:, t.r - B.shape[0] :]
-        outs.append(_output(x, flat_x, q, B, base, bias, m, call))
-        counts.append(None if packed is None else packed.counts)
-        saved += [None if packed is None else packed.B, found.h, found.kept]
-    return outs, counts, saved if call.keep else []
+    flat_x = flat(x)
+    plan = plan_of(call, flat_x, given, mask is not None, isinstance(seed, Tensor))
+    AW = x.new_empty(plan.ranks, x.shape[-1]) if call.packs else None
+    outs, counts, saved = [], [], [AW]
+    for part in plan.parts:
+        m, found = part.m, given[part.at : part.at + WIDTH]
+        _, _, A, rows, B, gate, bias, _ = found
+        A, B, number = unit(A), unit(B), None
+        rows = A if rows is None else unit(rows)
+        if AW is not None:
+            own = AW if part.whole else AW[part.start : part.start + part.width]
+            if m.counts:
+                number = x.new_empty(part.r, dtype=torch.int64)
+            packed = x.new_empty(part.n, part.r_B)
+            part.pack(A, rows, B, own, packed, own if number is None else number)
+            A, rows, B = own, own[part.r :] if m.linear else own, packed
+        q = x.new_empty(plan.T, part.r)
+        h = kept = q
+        if call.keep and m.kind != "none":
+            h = x.new_empty(plan.T, part.r, dtype=part.wide)
+            kept = x.new_empty(plan.T, part.r, dtype=torch.float32) if m.gated else q
+        part.read(
+            flat_x, A, rows, x if gate is None else gate, x if bias is None else bias,
+            x if mask is None else mask, q, h, kept, q if number is None else number,
+            launch.flag(x.device), *part.read.split(flat_x), seed=seed if call.dropout else None,
+        )  # fmt: skip
+        outs.append(_output(x, flat_x, q, B, found, part, call))
+        counts.append(number)
+        saved += [B, h, kept if m.gated else None]
+    return outs, counts, saved if call.keep else [], plan
 
 
 def _output(
-    x: Tensor, flat_x: Tensor, q: Tensor, B: Tensor, base: Tensor, bias: Tensor | None,
-    m: Member, call: Call,
-) -> Tensor:  # fmt: skip
-    if call.owned:
+    x: Tensor, flat_x: Tensor, q: Tensor, B: Tensor, found: Given, part: Part, call: Call
+) -> Tensor:
+    base, bias = found[:2]
+    # Silent ranks have no column of B.
+    q = q[:, part.silent :] if part.silent else q
+    if call.owned and part.folds:
         # The product that adds reads the update while it computes; a pass of its own costs more.
-        out = x.new_empty(flat_x.shape[0], base.shape[0])
-        launch.write(out, q, B, m.scale, bias=bias)
-        return out.addmm_(flat_x, base.t()).view(*x.shape[:-1], base.shape[0])
-    y = flat(base)
-    out = y if call.inplace else torch.empty_like(y, memory_format=torch.contiguous_format)
-    launch.write(out, q, B, m.scale, base=y)
-    return base if call.inplace else out.view(base.shape)
+        out = x.new_empty(flat_x.shape[0], part.n)
+        part.write(out, out, q, B, out if bias is None else bias)
+        accumulate(out, flat_x, base.t())
+    elif call.owned:
+        out = torch.nn.functional.linear(flat_x, base, bias)
+        part.write(out, out, q, B, out)
+    else:
+        y = flat(base)
+        out = y if call.inplace else torch.empty_like(y, memory_format=torch.contiguous_format)
+        part.write(out, y, q, B, out)
+        return base if call.inplace else out.view(base.shape)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], part.n)
+
+
+def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add the product a b to `out`, in its memory."""
+    out.addmm_(a, b)
 
 
 class Needs(NamedTuple):
@@ -112,102 +93,126 @@ class Needs(NamedTuple):
 
 
 def backward(
-    dys: Given, x: Tensor, given: Given, saved: Given, seed: int | Tensor, call: Call,
-    needs: Needs,
-) -> tuple[Tensor | None, list[tuple[Tensor | None, ...]]]:  # fmt: skip
-    """Gradients of x (beside those that pass through a given y), and A, rows, B, gate of each."""
-    flat_x, parts, AW = flat(x), _split(call, given), saved[0]
-    gain = 1 / (1 - call.dropout)
-    d = x.new_empty(flat_x.shape[0], AW.shape[0])
-    grads: list[tuple[Any, ...]] = []
-    start, scaled = 0, []
-    for i, (m, (_, _, t, row_scale)) in enumerate(zip(call.members, parts, strict=True)):
-        B, h, kept = saved[1 + 3 * i : 4 + 3 * i]
-        width = m.ranks(t.r)
-        part = d[:, start : start + width]
-        start += width
-        if dys[i] is None:
-            part.zero_()
-            gate = None if t.gate is None else torch.zeros_like(t.gate)
-            grads.append((None, None, torch.zeros_like(t.B), gate))
-            scaled.append(part)
-            continue
-        dy = flat(dys[i]).to(x.dtype)
-        q = h if m.kind == "none" else torch.empty_like(h, dtype=x.dtype)
-        found = Read(q, h, kept)
-        dgate = launch.inner(m, t, dy, B, found, part, q)
-        if row_scale is not None and any(needs.members[i]):
-            # The gradient of x sees dy as it came, those of the parameters see it scaled.
-            part = torch.empty_like(part, memory_format=torch.contiguous_format)
-            dgate = launch.inner(m, t, dy, (B * row_scale[:, None]).to(B.dtype), found, part, q)
-        scaled.append(part)
-        dB = _value_gradient(m, t, dy, q, row_scale) if needs.members[i][2] else None
-        if dgate is not None and t.gate is not None:
-            dgate = dgate.to(t.gate.dtype)
-        grads.append((None, None, dB, dgate))
+    dys: Given, x: Tensor, given: Given, saved: Given, seed: int | Tensor, plan: Plan, needs: Needs
+) -> tuple[Tensor | None, list[Given]]:
+    """Gradients of x (beside those that pass through a given y), and A, rows, B, gate of each.
+
+    Of `given` only W, gate, balance bias and row_scale are read.
+    """
+    flat_x, call = flat(x), plan.call
+    d = x.new_empty(plan.T, plan.ranks)
+    dys = [dy if dy is None else flat(dy) for dy in dys]
+    dys = [dy if dy is None or dy.dtype == x.dtype else dy.to(x.dtype) for dy in dys]
+    grads, scaled = [], []
+    for part, dy, need in zip(plan.parts, dys, needs.members, strict=True):
+        found, kept = given[part.at : part.at + WIDTH], saved[1 + 3 * part.i : 4 + 3 * part.i]
+        own = d if part.whole else d[:, part.start : part.start + part.width]
+        grad, own = _member_gradients(dy, found, kept, own, part, plan, need)
+        grads.append(grad)
+        scaled.append(own)
     dx: Tensor | None = None
     if needs.x:
-        dx = torch.empty_like(flat_x, memory_format=torch.contiguous_format)
-        if call.dropout or not launch.vendor(d):
-            launch.write(dx, d, AW, gain, dropout=call.dropout, seed=seed)
+        dx = x.new_empty(flat_x.shape)
+        if plan.vendor:
+            torch.mm(d, saved[0], out=dx)
         else:
-            torch.mm(d, AW, out=dx)
+            plan.spread(d.stride(0))(dx, dx, d, saved[0], dx, seed=seed if call.dropout else None)
         if call.owned:
-            for dy, (W, *_) in zip(dys, parts, strict=True):
+            for part, dy in zip(plan.parts, dys, strict=True):
                 if dy is not None:
-                    dx.addmm_(flat(dy).to(x.dtype), W)
-        dx = dx.view(x.shape)
-    keys = _key_gradients(flat_x, d, scaled, parts, seed, call, needs)
-    return dx, [(*key, *value[2:]) for key, value in zip(keys, grads, strict=True)]
+                    accumulate(dx, dy, given[part.at])
+        dx = dx if x.dim() == 2 else dx.view(x.shape)
+    _key_gradients(grads, flat_x, d, scaled, seed, plan, needs)
+    return dx, grads
 
 
-def _value_gradient(
-    m: Member, t: Tensors, dy: Tensor, q: Tensor, row_scale: Tensor | None
-) -> Tensor:
-    (n, r_B), frozen = t.B.shape, m.live_from - (t.r - t.B.shape[1])
-    make = t.B.new_zeros if frozen else t.B.new_empty
-    dB = make(n, r_B)
-    if frozen < r_B:
-        launch.outer(dy, q[:, m.live_from :], dB[:, frozen:], m.scale, row_scale=row_scale)
-    return dB
+def _member_gradients(
+    dy: Tensor | None, found: Given, saved: Given, d: Tensor, part: Part, plan: Plan,
+    need: tuple[bool, bool, bool, bool],
+) -> tuple[Given, Tensor]:  # fmt: skip
+    """Fills d with [dh, dz]; [None, None, dB, dgate], and d as parameters are to see it."""
+    (_, _, to_B, to_gate), (B, h, kept), m = need, saved, part.m
+    gate, bias, row_scale = found[5:]
+    grad: Given = [None] * 4
+    if dy is None:
+        d.zero_()
+        if to_B:
+            grad[2] = d.new_zeros(part.n, part.r_B, dtype=part.B_dtype)
+        if to_gate:
+            grad[3] = torch.zeros_like(gate)
+        return grad, d
+    q = h if m.kind == "none" else d.new_empty(plan.T, part.r)
+    sums = d.new_empty(part.tiles, part.r, dtype=torch.float32) if m.kind == "static" else d
+
+    def pass_through(B: Tensor, to: Tensor) -> None:
+        work = part.inner(dy.stride(0), to.stride(0))
+        work(
+            dy, B, d if gate is None else gate, d if bias is None else bias, h,
+            d if kept is None else kept, q, to, to[:, part.r :] if m.linear else to, sums,
+            *work.split(d),
+        )  # fmt: skip
+
+    pass_through(B, d)
+    if row_scale is not None and any(need):
+        # The gradient of x sees dy as it came, those of the parameters see it scaled.
+        d = torch.empty_like(d, memory_format=torch.contiguous_format)
+        pass_through((B * row_scale[:, None]).to(B.dtype), d)
+    if to_gate:
+        grad[3] = sums.sum(0).to(gate.dtype)
+    if to_B:
+        frozen = m.live_from - part.silent
+        dB = (d.new_zeros if frozen else d.new_empty)(part.n, part.r_B, dtype=part.B_dtype)
+        if frozen < part.r_B:
+            work = part.values(dy.stride(0), row_scale is not None)
+            right, out = (q[:, m.live_from :], dB[:, frozen:]) if m.live_from else (q, dB)
+            scale = dy if row_scale is None else row_scale
+            work(dy, right, out, scale, *work.split(d))
+        grad[2] = dB
+    return grad, d
 
 
 def _key_gradients(
-    x: Tensor, d: Tensor, scaled: list[Tensor], parts: list, seed: int | Tensor, call: Call,
-    needs: Needs,
-) -> list[tuple[Tensor | None, Tensor | None]]:  # fmt: skip
-    """Gradients of A and rows, of all members by one product where that suffices."""
-    options: Any = {"dropout": call.dropout, "seed": seed}
-    gain, n = 1 / (1 - call.dropout), x.shape[1]
-    dtypes = {t.A.dtype for _, _, t, _ in parts}
-    whole = len(dtypes) == 1 and all(
-        m.live_from == 0 and row_scale is None and any(need[:2])
-        for m, (*_, row_scale), need in zip(call.members, parts, needs.members, strict=True)
-    )
-    both = x.new_empty(d.shape[1], n, dtype=dtypes.pop()) if whole else None
-    if both is not None and not call.dropout and launch.vendor(d):
-        both = launch.wide_mm(d.t(), x, both)
-    elif both is not None:
-        launch.outer(x, d, both.t(), gain, **options)
-    found, start = [], 0
-    for i, (m, (_, _, t, _), part) in enumerate(zip(call.members, parts, scaled, strict=True)):
-        (to_A, to_rows, *_), live = needs.members[i], m.live_from
-        own = None
-        if both is not None:
-            own = both[start : start + part.shape[1]]
-        elif to_A or to_rows:
-            own = t.A.new_zeros(part.shape[1], n) if live else t.A.new_empty(part.shape[1], n)
-            if live < part.shape[1]:
-                launch.outer(x, part[:, live:], own.t()[:, live:], gain, **options)
-        start += part.shape[1]
-        dA = own[: t.r] if own is not None and to_A else None
-        drows = own[t.r :] if own is not None and to_rows else None
-        if drows is not None:
-            if m.block > 1:
-                drows = drows.view(-1, m.block, n).sum(1)
-            drows = drows.to(t.rows.dtype)
-        found.append((dA, drows))
-    return found
+    grads: list[Given], x: Tensor, d: Tensor, scaled: list[Tensor], seed: int | Tensor,
+    plan: Plan, needs: Needs,
+) -> None:  # fmt: skip
+    """Fills in the gradients of A and rows, of all members by one product where that suffices."""
+    keyed = seed if plan.call.dropout else None
+    both = None
+    whole = plan.alike and all(need[0] or need[1] for need in needs.members)
+    if whole and all(part is d or part._base is d for part in scaled):
+        both = _outer(x, d, plan, keyed)
+    for part, own, grad, (to_A, to_rows, *_) in zip(
+        plan.parts, scaled, grads, needs.members, strict=True
+    ):
+        live = part.m.live_from
+        if not (to_A or to_rows):
+            continue
+        if both is None:
+            W = x.new_zeros(part.width, plan.d, dtype=part.A_dtype)
+            if live < part.width:
+                W[live:] = _outer(x, own[:, live:], plan, keyed)
+        else:
+            W = both if part.whole else both[part.start : part.start + part.width]
+        if to_A:
+            grad[0] = W[: part.r] if part.m.linear else W
+        if to_rows:
+            rows = W[part.r :]
+            if part.m.block > 1:
+                rows = rows.view(-1, part.m.block, plan.d).sum(1)
+            grad[1] = rows if rows.dtype == part.rows_dtype else rows.to(part.rows_dtype)
+
+
+def _outer(x: Tensor, d: Tensor, plan: Plan, seed: int | Tensor | None) -> Tensor:
+    """Gain · dᵀ x (K, d_in) in the dtype of A, by torch where that is faster."""
+    dtype = plan.parts[0].A_dtype
+    if plan.vendor:
+        if dtype == torch.float32 and MM_WIDE:
+            return torch.mm(d.t(), x, out_dtype=torch.float32)
+        return torch.mm(d.t(), x).to(dtype)
+    out = x.new_empty(d.shape[1], x.shape[1], dtype=dtype)
+    work = plan.keys(d.shape[1], d.stride(0))
+    work(x, d, out.t(), x, *work.split(x), seed=seed)
+    return out
 
 
 # --- operators for compiled graphs ------------------------------------------------------------
@@ -228,26 +233,26 @@ def rank_gate_op(
     numbers: list[float],
 ) -> list[Tensor]:  # fmt: skip
     """Outputs, counts and what is kept of `forward`, as one list; empty tensors for None."""
-    call = _call(tuple(numbers))
-    outs, counts, saved = forward(x, given, mask, seed if key is None else key, call)
+    call = call_of(tuple(numbers))
+    outs, counts, saved, _ = forward(x, given, mask, seed if key is None else key, call)
     return [*outs, *_present(counts, x), *_present(saved, x)]
 
 
 @rank_gate_op.register_fake
 def _(x, given, mask, key, seed, numbers):
-    call = _call(tuple(numbers))
-    parts, T = _split(call, given), x.numel() // max(x.shape[-1], 1)
-    outs, counts, ranks = [], [], 0
-    saved = []
-    for m, (base, _, t, _) in zip(call.members, parts, strict=True):
+    call = call_of(tuple(numbers))
+    T = x.numel() // max(x.shape[-1], 1)
+    outs, counts, saved, ranks = [], [], [], 0
+    for i, m in enumerate(call.members):
+        base, _, A, _, B, *_ = given[i * WIDTH : (i + 1) * WIDTH]
+        r = A.shape[0]
         shape = (*x.shape[:-1], base.shape[0]) if call.owned else base.shape
         outs.append(base.new_empty(shape))
-        counts.append(x.new_empty(t.r, dtype=torch.int64) if m.counts and call.packs else None)
+        counts.append(x.new_empty(r, dtype=torch.int64) if m.counts and call.packs else None)
         wide = torch.float32 if m.kind == "self" else x.dtype
-        kept = x.new_empty(T, t.r, dtype=torch.float32) if m.gated else None
-        packed = x.new_empty(t.B.shape) if call.packs else None
-        saved += [packed, x.new_empty(T, t.r, dtype=wide), kept]
-        ranks += m.ranks(t.r)
+        kept = x.new_empty(T, r, dtype=torch.float32) if m.gated else None
+        saved += [x.new_empty(B.shape), x.new_empty(T, r, dtype=wide), kept]
+        ranks += m.ranks(r)
     saved = [x.new_empty(ranks, x.shape[-1]) if call.packs else None, *saved]
     return [*outs, *_present(counts, x), *_present(saved if call.keep else [], x)]
 
@@ -258,9 +263,9 @@ def rank_gate_backward_op(
     key: Tensor | None, seed: int, numbers: list[float], needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of `backward` as one list; empty tensors for None."""
-    call, needs = _call(tuple(numbers)), _needs(needed)
-    keyed = seed if key is None else key
-    dx, grads = backward(dys, x, given, saved, keyed, call, needs)
+    call, needs = call_of(tuple(numbers)), _needs(needed)
+    plan = plan_of(call, flat(x), given, False, key is not None)
+    dx, grads = backward(dys, x, given, saved, seed if key is None else key, plan, needs)
     results, memory = [dx], set()
     for grad in (g for group in grads for g in group):
         # An operator's results share no memory.
@@ -272,10 +277,10 @@ def rank_gate_backward_op(
 
 @rank_gate_backward_op.register_fake
 def _(dys, x, given, saved, key, seed, numbers, needed):
-    call, needs = _call(tuple(numbers)), _needs(needed)
-    found: list = [torch.empty_like(x) if needs.x else None]
-    for (_, _, t, _), need in zip(_split(call, given), needs.members, strict=True):
-        for value, wanted in zip((t.A, t.rows, t.B, t.gate), need, strict=True):
+    needs = _needs(needed)
+    found: list = [x.new_empty(x.shape) if needs.x else None]
+    for i, need in enumerate(needs.members):
+        for value, wanted in zip(given[i * WIDTH + 2 : i * WIDTH + 6], need, strict=True):
             found.append(value.new_empty(value.shape) if wanted else None)
     return _present(found, x)
 

@@ -1,11 +1,10 @@
-"""Starts the kernels of `kernels.py`: tensors in, tensors out, no autograd.
+"""Starts of the kernels in `kernels.py`: made once for a shape, then given tensors alone.
 
-A call adapts one or several projections of the same x: a `Member` each. Everything here is written
-for a list of them, so that projections which share x share its gradient's buffer.
+A call adapts one or several projections of the same x: a `Member` each. Triton looks at every
+argument to find a compiled kernel, in the time that many a kernel runs; a `Launch` knows its own.
 """
 
 import os
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,17 +12,15 @@ from torch import Tensor
 
 from polyrank.ops.rank_gate import kernels, tiles
 
-# The lock words of a device's stream; kernels leave them at zero.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Zeros that kernels count arrivals in and leave at zero, of a device's stream; kernels of one
+# stream run one after the other.
 _LOCKS: dict[tuple[int, int], Tensor] = {}
+_LOCK_WORDS = 1 << 16
 # fp32 memory for parts of sums, likewise of a stream; the last is the largest.
 _SCRATCH: dict[tuple[int, int], list[Tensor]] = {}
 # Set by a kernel that met logits that are not finite; in memory that the host reads.
 _FLAGS: dict[int, tuple[Tensor, Any]] = {}
-_LOCK_WORDS = 1 << 16
-# Compiled kernels by what decides them: shapes, dtypes, constants.
-_COMPILED: dict[tuple[Any, ...], Any] = {}
-_MOST_COMPILED = 8192
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Member(NamedTuple):
@@ -57,49 +54,66 @@ class Member(NamedTuple):
         return 2 * r if self.linear else r
 
 
-class Tensors(NamedTuple):
-    """The tensors of one adapted projection; see `rank_gate`."""
+class Launch:
+    """A kernel with everything but its tensors: they come first, then numbers, then constants.
 
-    A: Tensor
-    rows: Tensor | None
-    B: Tensor
-    gate: Tensor | None
-    bias: Tensor | None
+    Args:
+        kernel: the kernel.
+        grid: programs.
+        numbers: scalars; a seed comes after them, given here (0) or with a call.
+        constants: values at compile time.
+        warps: warps of a program.
+        stages: depth of its loads.
+        room: fp32 words for parts of a sum; 0 if nothing is split.
+    """
 
-    @property
-    def r(self) -> int:
-        """Number of ranks."""
-        return self.A.shape[0]
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int, int], numbers: tuple[Any, ...],
+        constants: tuple[Any, ...], warps: int, stages: int, room: int = 0,
+    ) -> None:  # fmt: skip
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+        self.warps, self.stages, self.room = warps, stages, room
+        self.tail = (*numbers, *constants)
+        self.ready: dict[Any, tuple[Any, Any, Any]] = {}
 
+    def __call__(self, *tensors: Tensor, seed: int | Tensor | None = None) -> None:
+        """Start it on the current stream."""
+        if INTERPRETED:
+            self._ordinary(tensors, seed)
+            return
+        places, odd = [t.data_ptr() for t in tensors], 0
+        for place in places:
+            odd |= place
+        device = torch._C._cuda_getDevice()
+        key: Any = (device, tuple(p & 15 for p in places)) if odd & 15 else device
+        tail = self.tail
+        if seed is not None:
+            tensor = isinstance(seed, Tensor)
+            key = (key, tensor or -(2**31) <= seed < 2**31)
+            number = seed.data_ptr() if isinstance(seed, Tensor) else seed
+            tail = (*self.numbers, number, *self.constants)
+        found = self.ready.get(key)
+        if found is None:
+            made = self._ordinary(tensors, seed)
+            self.ready[key] = (made.run, made.function, made.packed_metadata)
+            return
+        run, function, packed = found
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run(*self.grid, stream, function, packed, None, None, None, *places, *tail)
 
-class Packed(NamedTuple):
-    """Factors in the dtype of x: [A; rows] with a row of `rows` per rank, and B."""
+    def _ordinary(self, tensors: tuple[Tensor, ...], seed: int | Tensor | None) -> Any:
+        extra = () if seed is None else (seed,)
+        return self.kernel[self.grid](
+            *tensors, *self.numbers, *extra, *self.constants, num_warps=self.warps,
+            num_stages=self.stages,
+        )  # fmt: skip
 
-    AW: Tensor
-    B: Tensor
-    counts: Tensor | None
-
-
-class Read(NamedTuple):
-    """What the first pass gives: q (T, r), and for backward h (T, r) and the gate's logits."""
-
-    q: Tensor
-    h: Any
-    kept: Tensor | None
-
-
-class Start(NamedTuple):
-    """What a kernel starts with beside its tensors."""
-
-    grid: tuple[int, int, int]
-    numbers: tuple[int | float, ...]
-    constants: tuple[Any, ...]
-    warps: int
-    stages: int
+    def split(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory for parts of the sum, and locks; any tensor where nothing is split."""
+        return (scratch(like.device, self.room), locks(like.device)) if self.room else (like, like)
 
 
 def _place(device: torch.device) -> tuple[int, int]:
-    """A device's current stream, whose kernels run one after the other."""
     if device.type != "cuda":
         return (-1, 0)
     return (device.index, torch._C._cuda_getCurrentRawStream(device.index))
@@ -111,6 +125,15 @@ def locks(device: torch.device) -> Tensor:
     if key not in _LOCKS:
         _LOCKS[key] = torch.zeros(_LOCK_WORDS, dtype=torch.int32, device=device)
     return _LOCKS[key]
+
+
+def scratch(device: torch.device, room: int) -> Tensor:
+    """At least `room` fp32 words, which the next call on this stream takes again."""
+    held = _SCRATCH.setdefault(_place(device), [])
+    if not held or held[-1].numel() < room:
+        # A captured graph may still write into what was too small.
+        held.append(torch.empty(max(room, 1 << 20), dtype=torch.float32, device=device))
+    return held[-1]
 
 
 def flag(device: torch.device) -> Tensor:
@@ -128,244 +151,107 @@ def raised(device: torch.device) -> Any:
     return _FLAGS[device.index or 0][1]
 
 
-def scratch(like: Tensor, room: int, split: int) -> Tensor:
-    """Memory for the parts of a split sum, of this stream and the next call; any if unsplit."""
-    if split == 1:
-        return like
-    key = _place(like.device)
-    held = _SCRATCH.setdefault(key, [])
-    if not held or held[-1].numel() < room:
-        # A captured graph may still write into what was too small.
-        held.append(torch.empty(max(room, 1 << 20), dtype=torch.float32, device=like.device))
-    return held[-1]
-
-
-def start(
-    kernel: Any, key: tuple[Any, ...], tensors: tuple[Tensor, ...], make: Callable[[], Start],
-    seed: int | Tensor | None = None,
-) -> None:  # fmt: skip
-    """Start a kernel on tensors, then numbers, a seed if it takes one, and constants.
-
-    Triton looks at every argument to find the compiled kernel, which takes longer than many a
-    kernel runs. Here `key`, which decides dtypes, numbers and constants, finds it.
-    """
-    if INTERPRETED:
-        grid, numbers, constants, warps, stages = make()
-        extra = () if seed is None else (seed,)
-        kernel[grid](*tensors, *numbers, *extra, *constants, num_warps=warps, num_stages=stages)
-        return
-    places, odd = [t.data_ptr() for t in tensors], 0
-    for place in places:
-        odd |= place
-    if seed is not None:
-        key = (key, isinstance(seed, Tensor) or -(2**31) <= seed < 2**31)
-    device = torch._C._cuda_getDevice()
-    known = (id(kernel), key, odd & 15 and tuple(place & 15 for place in places), device)
-    found = _COMPILED.get(known)
-    extra = () if seed is None else (seed,)
-    if found is None:
-        grid, numbers, constants, warps, stages = make()
-        made = kernel[grid](
-            *tensors, *numbers, *extra, *constants, num_warps=warps, num_stages=stages
-        )
-        if len(_COMPILED) >= _MOST_COMPILED:
-            _COMPILED.clear()
-        _COMPILED[known] = (made.run, grid, made.function, made.packed_metadata, numbers, constants)
-        return
-    run, grid, function, packed, numbers, constants = found
-    if isinstance(seed, Tensor):
-        extra = (seed.data_ptr(),)
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    run(*grid, stream, function, packed, None, None, None, *places, *numbers, *extra, *constants)
-
-
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
+    """How products of fp32 numbers are made; of others it says nothing."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _unit(t: Tensor) -> Tensor:
-    """A matrix whose rows lie in one piece each."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def pack(m: Member, t: Tensors, AW: Tensor) -> Packed:
-    """Cast the factors to the dtype of AW (ranks, d), in one kernel, and make room for counts."""
-    (r, d), (n, r_B), ranks = t.A.shape, t.B.shape, AW.shape[0]
-    B = t.A.new_empty(n, r_B, dtype=AW.dtype)
-    counts = t.A.new_empty(r, dtype=torch.int64) if m.counts else None
-    A, rows, given = _unit(t.A), t.A if t.rows is None else _unit(t.rows), _unit(t.B)
-    strides, BD = (A.stride(0), rows.stride(0), given.stride(0)), 1024
-
-    def make() -> Start:
-        across = _parts(d, BD)
-        grid = (ranks + _parts(n * r_B, BD * across), across, 1)
-        numbers = (r, rows.shape[0], d, n, r_B, *strides, r * m.counts)
-        return Start(grid, numbers, (m.block, m.linear, BD), 4, 2)
-
-    start(
-        kernels.pack,
-        (m.block, m.linear, m.counts, r, d, n, r_B, strides, A.dtype, rows.dtype, B.dtype),
-        (A, rows, given, AW, B, AW if counts is None else counts),
-        make,
-    )
-    return Packed(AW, B, counts)
-
-
-def read(
-    m: Member, t: Tensors, x: Tensor, factors: Packed | None, *, keep: bool,
-    mask: Tensor | None, dropout: float, seed: int | Tensor,
-) -> Read:  # fmt: skip
-    """First pass over x (T, d): q and what backward needs."""
-    (T, d), r = x.shape, t.r
-    R = tiles.padded(r)
-    tile = tiles.read(T, d, R * (2 if m.linear else 1), x.element_size())
-    wide = torch.float32 if m.kind == "self" else x.dtype
-    q = x.new_empty(T, r)
-    h = x.new_empty(T, r, dtype=wide) if keep else None
-    kept = x.new_empty(T, r, dtype=torch.float32) if keep and m.gated else None
-    if factors is None:
-        A, rows, block = _unit(t.A), t.A if t.rows is None else _unit(t.rows), m.block
-    else:
-        A, rows, block = factors.AW, factors.AW[r:] if m.linear else factors.AW, 1
-    counts = q if factors is None or factors.counts is None else factors.counts
-    masked, keyed = mask is not None, isinstance(seed, Tensor)
-    strides = (x.stride(0), A.stride(0), rows.stride(0), q.stride(0))
-
-    def make() -> Start:
-        joined = tiles.JOIN and factors is not None and m.linear and r == R
-        rates = (m.total, m.floor, m.tau, m.delta, m.eps, dropout, 1 / (1 - dropout))
-        constants = (
-            R, R if m.k >= r else m.k, m.kind, t.bias is not None,
-            m.in_weight and t.bias is not None, m.delta > 0, block, keep, m.linear,
-            counts is not q, masked, dropout > 0, keyed, joined, d % tile.depth == 0,
-            _precision(x.dtype), tile.rows, tile.depth, tile.split,
-        )  # fmt: skip
-        grid = (_parts(T, tile.rows) * tile.split, 1, 1)
-        return Start(grid, (T, d, r, *strides, *rates), constants, tile.warps, tile.stages)
-
-    room = _parts(T, tile.rows) * tile.split * tile.rows * R * (2 if m.linear else 1)
-    start(
-        kernels.read,
-        (m, T, d, r, strides, x.dtype, A.dtype, rows.dtype, block, keep, counts is q, masked,
-         keyed, dropout, factors is None, _dtype(t.gate), _dtype(t.bias), _precision(x.dtype)),
-        (x, A, rows, _or(t.gate, x), _or(t.bias, x), _or(mask, x), q, _or(h, q), _or(kept, q),
-         counts, flag(x.device), scratch(x, room, tile.split), locks(x.device)),
-        make, seed,
-    )  # fmt: skip
-    return Read(q, h, kept)
-
-
-def write(
-    out: Tensor, left: Tensor, weight: Tensor, scale: float, *, base: Tensor | None = None,
-    bias: Tensor | None = None, dropout: float = 0.0, seed: int | Tensor = 0,
-) -> Tensor:  # fmt: skip
-    """Write out (T, N) = [base +] scale · left weight [+ bias]; weight (K, N) of any strides."""
-    (T, N), K = out.shape, left.shape[1]
-    base_of = _or(base, out)
-    strides = (out.stride(0), base_of.stride(0), left.stride(0), *weight.stride())
-    added, biased, keyed = base is not None, bias is not None, isinstance(seed, Tensor)
-
-    def make() -> Start:
-        bm, bn, bk, warps, stages = tiles.write(T, N, K, left.element_size())
-        constants = (
-            added, biased, dropout > 0, keyed, K % bk == 0, _precision(left.dtype), bm, bn, bk,
-        )  # fmt: skip
-        grid = (_parts(T, bm) * _parts(N, bn), 1, 1)
-        return Start(grid, (T, N, K, *strides, scale, dropout), constants, warps, stages)
-
-    start(
-        kernels.write,
-        (T, N, K, strides, scale, dropout, added, biased, keyed, out.dtype, left.dtype,
-         weight.dtype, base_of.dtype, _dtype(bias), _precision(left.dtype)),
-        (out, base_of, left, weight, _or(bias, out)),
-        make, seed,
-    )  # fmt: skip
-    return out
-
-
-def inner(
-    m: Member, t: Tensors, dy: Tensor, B: Tensor, found: Read, d: Tensor, q: Tensor
-) -> Tensor | None:
-    """One read of dy: fills d with [dh, dz] and q; returns the gradient of a static gate."""
-    (T, N), r = dy.shape, t.r
-    R = tiles.padded(r)
-    tile = tiles.read(T, N, R, dy.element_size())
-    parts = _parts(T, tile.rows)
-    dgate = dy.new_empty(parts, r, dtype=torch.float32) if m.kind == "static" else None
-    strides, silent = (dy.stride(0), *B.stride(), d.stride(0)), r - B.shape[1]
-
-    def make() -> Start:
-        numbers = (T, N, r, *strides, silent)
-        rates = (m.scale, m.total, m.floor, m.tau, m.delta, m.eps)
-        constants = (
-            R, m.kind, t.bias is not None, m.in_weight and t.bias is not None, m.delta > 0,
-            0.0 if m.kind == "self" else float("-inf"), N % tile.depth == 0,
-            _precision(dy.dtype), tile.rows, tile.depth, tile.split,
-        )  # fmt: skip
-        grid = (parts * tile.split, 1, 1)
-        return Start(grid, (*numbers, *rates), constants, tile.warps, tile.stages)
-
-    start(
-        kernels.inner,
-        (m, T, N, r, strides, silent, dy.dtype, B.dtype, _dtype(t.gate), _dtype(t.bias),
-         _precision(dy.dtype)),
-        (dy, B, _or(t.gate, dy), _or(t.bias, dy), found.h, _or(found.kept, dy), q, d,
-         d[:, r:] if m.linear else d, _or(dgate, dy),
-         scratch(dy, parts * tile.split * tile.rows * R, tile.split), locks(dy.device)),
-        make,
-    )  # fmt: skip
-    return None if dgate is None else dgate.sum(0)
-
-
-def outer(
-    left: Tensor, right: Tensor, out: Tensor, scale: float, *, row_scale: Tensor | None = None,
-    dropout: float = 0.0, seed: int | Tensor = 0,
-) -> Tensor:  # fmt: skip
-    """Write out (N, K) = scale · row_scale ⊙ left (T, N)ᵀ right (T, K); out of any strides."""
-    (T, N), K = left.shape, right.shape[1]
-    bn, bk, bt, split, warps, stages = tiles.outer(T, N, K, left.element_size())
-    parts = _parts(N, bn) * _parts(K, bk)
-    strides = (left.stride(0), right.stride(0), *out.stride())
-    scaled, keyed = row_scale is not None, isinstance(seed, Tensor)
-
-    def make() -> Start:
-        constants = (scaled, dropout > 0, keyed, _precision(left.dtype), bn, bk, bt, split)
-        numbers = (T, N, K, *strides, scale, dropout)
-        return Start((parts * split, 1, 1), numbers, constants, warps, stages)
-
-    start(
-        kernels.outer,
-        (T, N, K, strides, scale, dropout, scaled, keyed, left.dtype, right.dtype, out.dtype,
-         _dtype(row_scale), _precision(left.dtype)),
-        (left, right, out, _or(row_scale, left), scratch(left, parts * split * bn * bk, split),
-         locks(left.device)),
-        make, seed,
-    )  # fmt: skip
-    return out
 
 
 def _parts(n: int, size: int) -> int:
     return -(-n // size)
 
 
-def _dtype(t: Tensor | None) -> torch.dtype | None:
-    return None if t is None else t.dtype
+def _seed(dropout: float) -> tuple[int, ...]:
+    return () if dropout else (0,)
 
 
-def _or(t: Tensor | None, other: Tensor) -> Tensor:
-    """What a kernel gets where it will read nothing."""
-    return other if t is None else t
+def pack(m: Member, d: int, n: int, r: int, r_B: int, strides: tuple[int, int, int]) -> Launch:
+    """Casts [A; rows] and B; strides of A, rows, B. Takes A, rows, B, AW, B', counts."""
+    BD = 1024
+    across = _parts(d, BD)
+    grid = (m.ranks(r) + _parts(n * r_B, BD * across), across, 1)
+    numbers = (r, r // m.block, d, n, r_B, *strides, r if m.counts else 0)
+    return Launch(kernels.pack, grid, numbers, (m.block, m.linear, BD), 4, 2)
 
 
-def vendor(left: Tensor) -> bool:
-    """Whether torch's own product of skinny matrices is the faster one."""
-    return left.is_cuda and left.element_size() == 2 and left.shape[0] >= 1024
+def read(
+    m: Member, T: int, d: int, r: int, strides: tuple[int, int, int, int], dtype: torch.dtype, *,
+    keep: bool, counts: bool, bias: bool, mask: bool, dropout: float, seeded: bool, packed: bool,
+) -> Launch:  # fmt: skip
+    """First pass over x (T, d); strides of x, A, rows, q.
+
+    Takes x, A, rows, gate, bias, mask, q, h, kept, counts, flag, scratch, locks.
+    """
+    R = tiles.padded(r)
+    columns = R * (2 if m.linear else 1)
+    tile = tiles.read(T, d, columns, dtype.itemsize)
+    parts = _parts(T, tile.rows)
+    numbers = (T, d, r, *strides, m.total, m.floor, m.tau, m.delta, m.eps, dropout,
+               1 / (1 - dropout), *_seed(dropout))  # fmt: skip
+    constants = (
+        R, R if m.k >= r else m.k, m.kind, bias, m.in_weight and bias, m.delta > 0,
+        1 if packed else m.block, keep, m.linear, counts, mask, dropout > 0, seeded,
+        packed and m.linear and r == R, d % tile.depth == 0, precision(dtype), tile.rows,
+        tile.depth, tile.split,
+    )  # fmt: skip
+    room = parts * tile.split * tile.rows * columns if tile.split > 1 else 0
+    grid = (parts * tile.split, 1, 1)
+    return Launch(kernels.read, grid, numbers, constants, tile.warps, tile.stages, room)
 
 
-def wide_mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """The product a b in the dtype of `out`, fp32 where torch can, written into it or anew."""
-    if out.dtype == a.dtype:
-        return torch.mm(a, b, out=out)
-    if out.dtype == torch.float32 and hasattr(torch.ops.aten.mm, "dtype"):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b).to(out.dtype)
+def write(
+    T: int, N: int, K: int, strides: tuple[int, ...], scale: float, dtype: torch.dtype, *,
+    add: bool = False, bias: bool = False, dropout: float = 0.0, seeded: bool = False,
+) -> Launch:  # fmt: skip
+    """out (T, N) = [base +] scale · left weight (K, N) [+ bias].
+
+    Strides of out, base, left, weight (two). Takes out, base, left, weight, bias.
+    """
+    bm, bn, bk, warps, stages = tiles.write(T, N, K, dtype.itemsize)
+    constants = (add, bias, dropout > 0, seeded, K % bk == 0, precision(dtype), bm, bn, bk)
+    numbers = (T, N, K, *strides, scale, dropout, *_seed(dropout))
+    grid = (_parts(T, bm) * _parts(N, bn), 1, 1)
+    return Launch(kernels.write, grid, numbers, constants, warps, stages)
+
+
+def inner(
+    m: Member, T: int, N: int, r: int, strides: tuple[int, ...], silent: int, dtype: torch.dtype,
+    *, bias: bool,
+) -> Launch:  # fmt: skip
+    """One read of dy (T, N); strides of dy, B (two), d.
+
+    Takes dy, B, gate, bias, h, kept, q, dh, dz, dgate, scratch, locks; dgate has a row for each of
+    `parts(launch)` tiles of tokens.
+    """
+    R = tiles.padded(r)
+    tile = tiles.read(T, N, R, dtype.itemsize)
+    parts = _parts(T, tile.rows)
+    numbers = (T, N, r, *strides, silent, m.scale, m.total, m.floor, m.tau, m.delta, m.eps)
+    constants = (
+        R, m.kind, bias, m.in_weight and bias, m.delta > 0,
+        0.0 if m.kind == "self" else float("-inf"), N % tile.depth == 0, precision(dtype),
+        tile.rows, tile.depth, tile.split,
+    )  # fmt: skip
+    room = parts * tile.split * tile.rows * R if tile.split > 1 else 0
+    grid = (parts * tile.split, 1, 1)
+    return Launch(kernels.inner, grid, numbers, constants, tile.warps, tile.stages, room)
+
+
+def token_tiles(T: int, N: int, r: int, itemsize: int) -> int:
+    """Tiles of tokens that `inner` works on."""
+    return _parts(T, tiles.read(T, N, tiles.padded(r), itemsize).rows)
+
+
+def outer(
+    T: int, N: int, K: int, strides: tuple[int, ...], scale: float, dtype: torch.dtype, *,
+    scaled: bool = False, dropout: float = 0.0, seeded: bool = False,
+) -> Launch:  # fmt: skip
+    """out (N, K) = scale · row_scale ⊙ left (T, N)ᵀ right (T, K).
+
+    Strides of left, right, out (two). Takes left, right, out, row_scale, scratch, locks.
+    """
+    bn, bk, bt, split, warps, stages = tiles.outer(T, N, K, dtype.itemsize)
+    parts = _parts(N, bn) * _parts(K, bk)
+    constants = (scaled, dropout > 0, seeded, precision(dtype), bn, bk, bt, split)
+    numbers = (T, N, K, *strides, scale, dropout, *_seed(dropout))
+    room = parts * split * bn * bk if split > 1 else 0
+    return Launch(kernels.outer, (parts * split, 1, 1), numbers, constants, warps, stages, room)

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from polyrank.ops.philox import Word
 from polyrank.ops.rank_gate import eager, fused, launch
 from polyrank.ops.rank_gate.epilogue import Epilogue
+from polyrank.ops.rank_gate.plan import WIDTH, Call
 from polyrank.ops.rank_gate.projection import Projection
 from polyrank.ops.rank_gate.selection import MESSAGE, NonFiniteError
 
@@ -54,7 +55,7 @@ def _on(x: Tensor) -> Any:
     return torch.cuda.device(x.device)
 
 
-def _watch(device: torch.device, call: fused.Call) -> Callable[[], None] | None:
+def _watch(device: torch.device, call: Call) -> Callable[[], None] | None:
     """What backward calls to learn whether forward met logits that are not finite."""
     if torch.compiler.is_compiling() or not any(m.gated for m in call.members):
         return None
@@ -79,7 +80,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: fused.Call, seed: Word, x: Tensor, mask: Tensor | None,
+        ctx: Any, call: Call, seed: Word, x: Tensor, mask: Tensor | None,
         *given: Tensor | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         n = len(call.members)
@@ -89,7 +90,8 @@ class _Fused(torch.autograd.Function):
             outs, counts, saved = found[:n], fused.found(found[n : 2 * n]), found[2 * n :]
         else:
             with _on(x):
-                outs, counts, saved = fused.forward(x, list(given), mask, seed, call)
+                outs, counts, saved, plan = fused.forward(x, list(given), mask, seed, call)
+                ctx.plan = plan
         finish = _watch(x.device, call)
         if finish is not None and not (x.is_cuda and call.keep):
             finish()
@@ -98,8 +100,12 @@ class _Fused(torch.autograd.Function):
         if call.keep:
             ctx.call, ctx.finish = call, finish
             ctx.seed = None if isinstance(seed, Tensor) else seed
-            # The base product and y itself are not needed again.
-            held = [t for i, t in enumerate(given) if i % fused.WIDTH or call.owned]
+            # Of what was given, backward in eager mode reads W, gate, balance bias and row_scale.
+            held = list(given)
+            if not torch.compiler.is_compiling():
+                held = [t if i % 8 > 4 or not i % 8 else None for i, t in enumerate(given)]
+            if not call.owned:
+                held[0] = None
             key = seed if isinstance(seed, Tensor) else None
             ctx.save_for_backward(x, key, *held, *saved)
             ctx.held = len(held)
@@ -111,17 +117,14 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         call = ctx.call
-        n, width = len(call.members), fused.WIDTH
+        n, width = len(call.members), WIDTH
         outs = dys[:n]
         if all(dy is None for dy in outs):
             return (None,) * (4 + n * width)
         if ctx.finish is not None:
             ctx.finish()
         x, key, *rest = ctx.saved_tensors
-        held, saved = list(rest[: ctx.held]), list(rest[ctx.held :])
-        given = held
-        if not call.owned:
-            given = [None, *held]
+        given, saved = list(rest[: ctx.held]), list(rest[ctx.held :])
         asked = ctx.needs_input_grad
         needs = fused.Needs(
             asked[2],
@@ -136,9 +139,9 @@ class _Fused(torch.autograd.Function):
                     0 if ctx.seed is None else ctx.seed, call.numbers(), flags,
                 )
             )  # fmt: skip
-            dx, grads = found[0], [tuple(found[1 + 4 * i : 5 + 4 * i]) for i in range(n)]
+            dx, grads = found[0], [found[1 + 4 * i : 5 + 4 * i] for i in range(n)]
         else:
-            dx, grads = fused.backward(list(outs), x, given, saved, seed, call, needs)
+            dx, grads = fused.backward(list(outs), x, given, saved, seed, ctx.plan, needs)
         result: list[Any] = [None, None, dx, None]
         for i, (dA, drows, dB, dgate) in enumerate(grads):
             dy = None if call.owned or not asked[4 + i * width] else outs[i]
@@ -193,13 +196,13 @@ def linears(
 
 def _call_of(
     members: list[launch.Member], x: Tensor, given: list, dropout: float, *, owned: bool
-) -> fused.Call:
+) -> Call:
     needed = (x, *given)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needed)
     counted = any(m.counts for m in members)
     # Few tokens read the factors once: a cast of its own would read them twice.
     packs = keep or counted or x.numel() // x.shape[-1] >= 1024
-    return fused.Call(tuple(members), float(dropout), owned, keep, packs)
+    return Call(tuple(members), float(dropout), owned, keep, packs)
 
 
 def _seed(seed: Word) -> Word:

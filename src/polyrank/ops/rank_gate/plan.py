@@ -1,0 +1,198 @@
+"""What a call of the kernels does, worked out once for its shapes: launches without tensors."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from polyrank.ops.rank_gate import launch
+from polyrank.ops.rank_gate.kernel_gates import KINDS
+from polyrank.ops.rank_gate.launch import Launch, Member
+
+# Of one member: y or W, the bias of W, A, rows, B, gate, balance bias, row_scale.
+WIDTH = 8
+# Tensors, or None where a member has none.
+Given = list[Any]
+_PLANS: dict[Any, "Plan"] = {}
+_MOST = 4096
+
+
+def unit(t: Tensor) -> Tensor:
+    """A matrix whose rows lie in one piece each."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+class Call(NamedTuple):
+    """The constants of one call."""
+
+    members: tuple[Member, ...]
+    dropout: float
+    # Whether the base product is made here, from W, and not given as y.
+    owned: bool
+    keep: bool
+    packs: bool
+    inplace: bool = False
+
+    def numbers(self) -> list[float]:
+        """The same as numbers, which an operator of torch.library can take."""
+        flat = [self.dropout, self.owned, self.keep, self.packs]
+        for m in self.members:
+            flat += [KINDS.index(m.kind), *m[1:]]
+        return [float(v) for v in flat]
+
+
+@lru_cache(maxsize=4096)
+def call_of(numbers: tuple[float, ...]) -> Call:
+    """What `Call.numbers` made numbers of."""
+    dropout, *flags = numbers[:4]
+    size, members = len(Member._fields), []
+    for start in range(4, len(numbers), size):
+        kind, k, block, in_weight, *rates, live, counts = numbers[start : start + size]
+        first: list[Any] = [KINDS[int(kind)], int(k), int(block), bool(in_weight), *rates]
+        members.append(Member(*(*first, int(live), bool(counts))))
+    owned, keep, packs = (bool(f) for f in flags)
+    return Call(tuple(members), dropout, owned, keep, packs)
+
+
+class Part:
+    """One member of a plan.
+
+    Attributes:
+        i: its number.
+        at: where its tensors begin among the given.
+        start: its first column of d and row of [A; rows].
+        width: how many it has.
+        whole: whether it is the only member.
+        silent: ranks without a column of B.
+        wide: dtype of h.
+        folds: whether the base product adds onto the update.
+    """
+
+    def __init__(self, plan: "Plan", i: int, start: int, found: Given, biased: bool) -> None:
+        base, bias, A, rows, B, _, balance, _ = found
+        self.plan, self.i, self.at, self.start = plan, i, i * WIDTH, start
+        self.m = m = plan.call.members[i]
+        self.r, self.n, self.r_B = A.shape[0], B.shape[0], B.shape[1]
+        self.width, self.whole = m.ranks(self.r), len(plan.call.members) == 1
+        self.silent, self.biased = self.r - self.r_B, balance is not None
+        self.wide = torch.float32 if m.kind == "self" else plan.dtype
+        self.A_dtype, self.B_dtype = A.dtype, B.dtype
+        self.rows_dtype = None if rows is None else rows.dtype
+        self.tiles = launch.token_tiles(plan.T, self.n, self.r, plan.dtype.itemsize)
+        self.folds = plan.call.owned and plan.T > 64
+        self._inner: dict[tuple[int, int], Launch] = {}
+        self._values: dict[tuple[int, bool], Launch] = {}
+        self._forward(base, bias, unit(A), A if rows is None else unit(rows), unit(B))
+
+    def _forward(self, base: Any, bias: Any, A: Tensor, rows: Tensor, B: Tensor) -> None:
+        plan, m, call = self.plan, self.m, self.plan.call
+        strides = (A.stride(0), rows.stride(0), B.stride(0))
+        if call.packs:
+            self.pack = launch.pack(m, plan.d, self.n, self.r, self.r_B, strides)
+            strides = (plan.d, plan.d, self.r_B)
+        self.read = launch.read(
+            m, plan.T, plan.d, self.r, (plan.sx, strides[0], strides[1], self.r), plan.dtype,
+            keep=call.keep, counts=m.counts and call.packs, bias=self.biased, mask=plan.mask,
+            dropout=call.dropout, seeded=plan.seeded, packed=call.packs,
+        )  # fmt: skip
+        added = not self.folds
+        row = self.n if base is None or call.owned else _row(base)
+        out = row if call.inplace else self.n
+        self.write = launch.write(
+            plan.T, self.n, self.r_B, (out, row, self.r, 1, strides[2]), m.scale, plan.dtype,
+            add=added, bias=self.folds and bias is not None,
+        )  # fmt: skip
+
+    def inner(self, sy: int, sd: int) -> Launch:
+        """The pass over dy with rows sy apart, into d with rows sd apart."""
+        found = self._inner.get((sy, sd))
+        if found is None:
+            plan = self.plan
+            found = self._inner[sy, sd] = launch.inner(
+                self.m, plan.T, self.n, self.r, (sy, self.r_B, 1, sd), self.silent, plan.dtype,
+                bias=self.biased,
+            )  # fmt: skip
+        return found
+
+    def values(self, sy: int, scaled: bool) -> Launch:
+        """The gradient of B's live columns from dy with rows sy apart."""
+        found = self._values.get((sy, scaled))
+        if found is None:
+            plan, live = self.plan, self.r - self.m.live_from
+            found = self._values[sy, scaled] = launch.outer(
+                plan.T, self.n, live, (sy, self.r, self.r_B, 1), self.m.scale, plan.dtype,
+                scaled=scaled,
+            )  # fmt: skip
+        return found
+
+
+def _row(y: Tensor) -> int:
+    """Distance of rows of y as (T, n)."""
+    return unit(y.reshape(-1, y.shape[-1])).stride(0)
+
+
+class Plan:
+    """The launches of a call on x (T, d); see `Part`.
+
+    Attributes:
+        vendor: whether torch's own products of skinny matrices are the faster ones here.
+        alike: whether one product can make the gradients of all A and rows.
+    """
+
+    def __init__(self, call: Call, x: Tensor, given: Given, mask: bool, seeded: bool) -> None:
+        self.call, self.dtype, self.mask, self.seeded = call, x.dtype, mask, seeded
+        (self.T, self.d), self.sx = x.shape, x.stride(0)
+        self.parts: list[Part] = []
+        start = 0
+        for i in range(len(call.members)):
+            part = Part(self, i, start, given[i * WIDTH : (i + 1) * WIDTH], mask)
+            self.parts.append(part)
+            start += part.width
+        self.ranks = start
+        self.vendor = x.is_cuda and x.element_size() == 2 and self.T >= 1024 and not call.dropout
+        self.alike = len({part.A_dtype for part in self.parts}) == 1
+        self.alike = self.alike and not any(m.live_from for m in call.members)
+        self._spread: dict[int, Launch] = {}
+        self._keys: dict[tuple[int, int], Launch] = {}
+
+    def spread(self, sd: int) -> Launch:
+        """d [A; rows] as a gradient of x."""
+        if sd not in self._spread:
+            gain = 1 / (1 - self.call.dropout)
+            self._spread[sd] = launch.write(
+                self.T, self.d, self.ranks, (self.d, self.d, sd, self.d, 1), gain, self.dtype,
+                dropout=self.call.dropout, seeded=self.seeded,
+            )  # fmt: skip
+        return self._spread[sd]
+
+    def keys(self, K: int, sd: int) -> Launch:
+        """The gradient of K rows of [A; rows] from d with rows sd apart."""
+        if (K, sd) not in self._keys:
+            gain = 1 / (1 - self.call.dropout)
+            self._keys[K, sd] = launch.outer(
+                self.T, self.d, K, (self.sx, sd, 1, self.d), gain, self.dtype,
+                dropout=self.call.dropout, seeded=self.seeded,
+            )  # fmt: skip
+        return self._keys[K, sd]
+
+
+def plan_of(call: Call, x: Tensor, given: Given, mask: bool, seeded: bool) -> Plan:
+    """The plan of a call, made at its first time."""
+    key: list[Any] = [call, x.shape, x.stride(0), x.dtype, mask, seeded, launch.precision(x.dtype)]
+    for i in range(0, len(given), WIDTH):
+        base, bias, A, rows, B, gate, balance, _ = given[i : i + WIDTH]
+        key += (A.shape[0], A.stride(), A.dtype, B.shape, B.stride(), B.dtype, bias is None)
+        if rows is not None:
+            key += (rows.stride(), rows.dtype)
+        if gate is not None:
+            key.append(gate.dtype)
+        key.append(balance is None)
+        if base is not None and not call.owned:
+            key += (base.dtype, _row(base))
+    found = _PLANS.get(known := tuple(key))
+    if found is None:
+        if len(_PLANS) >= _MOST:
+            _PLANS.clear()
+        found = _PLANS[known] = Plan(call, x, given, mask, seeded)
+    return found
