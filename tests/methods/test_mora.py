@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import polyrank as pr
 from polyrank.layers import append
 from polyrank.ops.rank_gate import NonFiniteError, rank_gate
+from polyrank.parts import selfgate
 from polyrank.testing import assert_close
 
 D_IN, D_OUT, R = 6, 5, 4
@@ -335,13 +336,13 @@ def test_both_published_settings_are_presets():
 
 
 def test_more_ranks_than_there_are_is_said_once(caplog):
-    from polyrank.methods import mora
-
-    mora._say_clipped.cache_clear()
-    with caplog.at_level("INFO", logger="polyrank.methods.mora"):
+    selfgate._say_clipped.cache_clear()
+    with caplog.at_level("INFO", logger="polyrank.parts.selfgate"):
         for _ in range(2):
             adapted(k=9)
-    assert [record.message.split(";")[0] for record in caplog.records] == ["mora: k=9 exceeds r=4"]
+    assert [record.message.split(";")[0] for record in caplog.records] == [
+        "self gate: k=9 exceeds r=4"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -18,33 +18,11 @@ from polyrank.frame import Core, Flow, Method, Site, keyed
 from polyrank.layers.archive import holds
 from polyrank.layers.compat import check_adapters_to_merge, in_out_features
 from polyrank.layers.fused import Sharing, through
+from polyrank.layers.segments import noted_bank, restore_bank
 from polyrank.layers.trainability import DeclaredTrainability
 from polyrank.layers.views import Factor, Frozen, View, wide
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
-
-
-def segments(shapes: dict[str, Any], path: str) -> tuple[list[int], list[int] | None]:
-    """Return what a saved adapter knows of its bank: ranks of each growth, and whose each one is.
-
-    A bank saved without either came at once.
-
-    Raises:
-        CheckpointError: if they do not add up to the bank.
-    """
-    bank, order = shapes["bank"], shapes.get("order")
-    sizes = [bank] if (found := shapes.get("segments")) is None else list(found)
-    if sum(sizes) != bank or any(size < 0 for size in sizes):
-        raise CheckpointError(
-            f"segments at {path}: got {sizes}, expected sizes that add up to the bank's {bank} "
-            "ranks; the config was changed, or belongs to other tensors: save the adapter again"
-        )
-    if order is not None and [order.count(n) for n in range(len(sizes))] != sizes:
-        raise CheckpointError(
-            f"order at {path}: does not name each growth as often as segments {sizes} say; "
-            "the config was changed, or belongs to other tensors: save the adapter again"
-        )
-    return sizes, order
 
 
 class AdaptedLinear(nn.Module, DeclaredTrainability):
@@ -105,14 +83,7 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
         view = self.views[name] = View(self, name, method, site)
         view.scale = shapes.get("scale", view.scale)
         view.waiting = bool(start.wants) and not started
-        if (bank := shapes.get("bank")) is not None:
-            values = shapes.get("bank_values", bank)
-            self.polyrank_bank[name] = Frozen(
-                torch.zeros(bank, site.d_in), torch.zeros(site.d_out, values)
-            )
-            core.banked(bank)
-            view.segments, view.order = segments(shapes, site.path)
-            view.evaluating = shapes.get("evaluating", False)
+        restore_bank(view, shapes)
         if (archive := shapes.get("archive")) is not None:
             self.polyrank_archive[name] = Frozen(
                 torch.zeros(archive, site.d_in), torch.zeros(site.d_out, archive)
@@ -143,16 +114,7 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
             found["started"] = True
         if settings := view.core.settings():
             found["core"] = settings
-        if name in self.polyrank_bank:
-            held = cast("Frozen", self.polyrank_bank[name])
-            found["bank"] = held.A.shape[0]
-            if held.B.shape[1] != held.A.shape[0]:
-                found["bank_values"] = held.B.shape[1]
-            found["segments"] = list(view.segments)
-            if view.order is not None:
-                found["order"] = list(view.order)
-            if view.evaluating:
-                found["evaluating"] = True
+        found |= noted_bank(view)
         if view.archive is not None:
             found["archive"] = view.archive[0].shape[0]
         if view.witness is not None:

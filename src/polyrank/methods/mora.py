@@ -26,82 +26,15 @@ Status: formula, growth and resumption tested; the paper's figures not verified;
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from polyrank.frame import SCALINGS, Adapter, Boundary, Core, Flow, Method, Site, register
-from polyrank.ops.rank_gate import Epilogue, gate
+from polyrank.frame import SCALINGS, Adapter, Boundary, Core, Method, Site, register
 from polyrank.parts.boundaries import Append
-
-logger = logging.getLogger(__name__)
-
-
-class SelfGate(Core):
-    """φ(z) = w(z) ⊙ z: every rank weighs itself among all of them, those of the bank included.
-
-    Args:
-        r: live ranks.
-        k: ranks that a token keeps; what exceeds the ranks there are is cut.
-        tau: temperature, > 0.
-        delta: least s of a kept rank in evaluation, in [0, 1].
-        eps: lower bound of ‖z‖, > 0.
-        fading: factor of the values of ranks that are frozen.
-    """
-
-    merges = "never"
-    epilogue = "self"
-    competing = True
-
-    def __init__(
-        self, r: int, *, k: int, tau: float, delta: float, eps: float, fading: float = 1.0
-    ) -> None:
-        super().__init__()
-        self.widths, self.fading = (r, r), fading
-        self.learning = Epilogue(kind="self", k=max(k, 2), tau=tau, eps=eps)
-        self.serving = Epilogue(kind="self", k=max(k, 2), tau=tau, delta=delta, eps=eps)
-
-    def banked(self, ranks: int) -> None:
-        """Frozen ranks compete like the live ones; nothing has to be counted."""
-
-    def settle(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the factors as they are, but for what `fading` takes from B."""
-        return A, B * self.fading if self.fading != 1 else B
-
-    def fused(self) -> Epilogue:
-        """Return the operator's form; the threshold belongs to evaluation."""
-        return self.learning if self.training else self.serving
-
-    def gates_of(self, h: Tensor, z: Tensor | None) -> Tensor:
-        """Return w (*, R) in fp32 for h = A x."""
-        return gate(h if h.dtype == torch.float64 else h.float(), None, self.fused())
-
-    def forward(self, h: Tensor, z: Tensor | None, flow: Flow) -> Tensor:
-        """Return w ⊙ h."""
-        return (self.gates_of(h, z) * h).to(h.dtype)
-
-    def unreachable(self, A: Tensor) -> Tensor:
-        """Return which ranks, (R,) bool, no x lifts to s >= delta.
-
-        z lies in the column space of A, and over it max s_i = ‖P e_i‖ = √h_i with the projector
-        P = A (AᵀA)⁺ Aᵀ and h_i = P_ii, the leverage of key i: rank i is out of reach if
-        h_i < delta². The margin covers arithmetic in fp32, not keys rounded to bf16.
-        """
-        U, S, _ = torch.linalg.svd(A.double(), full_matrices=False)
-        # Directions that rounding alone made are counted: they raise the leverage, never lower it.
-        nothing = S.max() * max(A.shape) * torch.finfo(torch.float64).eps
-        leverage = U[:, S.gt(nothing)].square().sum(1)
-        return leverage.sqrt() < self.serving.delta * (1 - 1e-3) - 1e-5
-
-
-@functools.cache
-def _say_clipped(k: int, r: int) -> None:
-    logger.info("mora: k=%d exceeds r=%d; until the bank has grown every rank is kept", k, r)
+from polyrank.parts.selfgate import SelfGate
 
 
 @register
@@ -160,12 +93,8 @@ class SelfActivatedRanks(Method):
     def core(self, site: Site) -> Core:
         """Return the gate of one layer."""
         k = site.r if self.k is None else self.k
-        if k > site.r:
-            _say_clipped(k, site.r)
         fading = 1 / self.scale(site) if self.released else 1.0
-        return SelfGate(
-            site.r, k=k, tau=self.tau, delta=self.delta, eps=self.eps, fading=fading
-        )  # fmt: skip
+        return SelfGate(site.r, k=k, tau=self.tau, delta=self.delta, eps=self.eps, fading=fading)
 
     def boundary(self) -> Boundary:
         """Freeze the last task's ranks and add new ones."""
