@@ -58,24 +58,45 @@ class Prefix(Core):
         self.widths = (len(gains), len(gains))
         self.gains, self.least, self.most, self.newest = tuple(gains), least, most, newest
         self.bank = 0
-        # Tensors for compiled code, which would be compiled again for every new number; on the CPU,
-        # where reading one waits for nothing. 0 is no draw.
-        self.chosen = torch.tensor(most, device="cpu")
-        self.drawn = torch.tensor(0, device="cpu")
-        self.table = torch.tensor(self.gains, dtype=torch.float64, device="cpu")
+        self.chosen, self.drawn = most, 0
+        # For compiled code, which would be compiled again for every new number: (b, held, gain) in
+        # evaluation and in training, where the factors are. No buffer, as DDP sends those around.
+        self.now = torch.zeros(2, 3, dtype=torch.float64, device="cpu")
+        self.tell()
 
     @property
     def rank(self) -> int:
         """The set rank."""
-        return int(self.chosen)
+        return self.chosen
 
     def choose(self, b: int) -> None:
         """Set the rank of every forward for which none is drawn."""
-        self.chosen.fill_(checked_rank(b, self.least, self.most))
+        self.chosen = checked_rank(b, self.least, self.most)
+        self.tell()
 
     def draw(self, b: int) -> None:
         """Set the rank of training forwards; 0 takes it back."""
-        self.drawn.fill_(b)
+        self.drawn = b
+        self.tell()
+
+    def tell(self) -> None:
+        """Write for compiled code what was set and drawn."""
+        rows = [
+            [b, held, self.gains[b - 1]]
+            for b, held in ((self.chosen, 0), (self.drawn or self.chosen, self._held()))
+        ]
+        found = torch.tensor(rows, dtype=torch.float64, device="cpu")
+        self.now.copy_(found, non_blocking=True)
+
+    def _held(self) -> int:
+        return self.drawn - 1 if self.drawn and self.newest else 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prefix:
+        super()._apply(fn, recurse)
+        # Along to another device, in the same precision.
+        device = fn(self.now).device
+        self.now = self.now if device.type == "meta" else self.now.to(device)
+        return self
 
     def settings(self) -> dict[str, Any]:
         """Return the set rank, if it is not the largest."""
@@ -93,25 +114,17 @@ class Prefix(Core):
         """Return the first b ranks; of a drawn prefix the others are held, if the newest learns."""
         if torch.compiler.is_compiling():
             return self._traced()
-        drawn = int(self.drawn) if self.training else 0
-        b = drawn or self.rank
-        held = drawn - 1 if drawn and self.newest else 0
+        b = self._b()
+        held = self._held() if self.training else 0
         # The gain is not the bank's, so that there `forward` brings it in.
         return Portion(self.bank + b, self.bank + held, 1.0 if self.bank else self.gains[b - 1])
 
+    def _b(self) -> int:
+        return (self.training and self.drawn) or self.chosen
+
     def _traced(self) -> Portion:
-        b, held = self._b(), torch.zeros_like(self.drawn)
-        if self.training and self.newest:
-            held = (self.drawn - 1).clamp_min(0)
-        return Portion(self.bank + b, self.bank + held, 1.0 if self.bank else self._gain())
-
-    def _b(self) -> Tensor:
-        if not self.training:
-            return self.chosen
-        return torch.where(self.drawn > 0, self.drawn, self.chosen)
-
-    def _gain(self) -> Tensor:
-        return self.table.index_select(0, (self._b() - 1).reshape(1)).reshape(())
+        b, held, gain = self.now[int(self.training)].unbind()
+        return Portion(self.bank + b, self.bank + held, 1.0 if self.bank else gain)
 
     def fused(self) -> Epilogue:
         """Return the operator's form: what is read passes as it is."""
@@ -121,7 +134,12 @@ class Prefix(Core):
         """Return h, which holds what is read; behind a bank the gain is still to come."""
         if not self.bank:
             return h
-        return torch.cat([h[..., : self.bank], self._gain().to(h) * h[..., self.bank :]], dim=-1)
+        gain: float | Tensor
+        if torch.compiler.is_compiling():
+            gain = self.now[int(self.training), 2].to(h)
+        else:
+            gain = self.gains[self._b() - 1]
+        return torch.cat([h[..., : self.bank], gain * h[..., self.bank :]], dim=-1)
 
     def delta(self, condition: Tensor | None = None) -> Tensor:
         """Return diag(gain(b) 1{i <= b}) of the set rank, ones for the bank."""
@@ -272,6 +290,9 @@ class Draw(Rule):
         """Collect the cores."""
         self.adapter, self.optimizer = adapter, optimizer
         self.cores = prefixes(adapter)
+        shared: dict[Any, Tensor] = {}
+        for core in self.cores:
+            core.now = shared.setdefault((core.now.device, core.gains), core.now)
         first = self.cores[0]
         self.sums = list(itertools.accumulate(self.weights[: first.most - first.least + 1]))
 
@@ -286,8 +307,7 @@ class Draw(Rule):
         """Set the rank, and tell the optimiser which rows of A and columns of B may move."""
         b = self.rank(step)
         self._agree(b)
-        for core in self.cores:
-            core.draw(b)
+        self._draw(b)
         for group in self.optimizer.param_groups:
             if group.get("update") == ROWS:
                 group["first"], group["last"] = b - 1 if self.cores[0].newest else 0, b
@@ -298,8 +318,14 @@ class Draw(Rule):
 
     def release(self) -> None:
         """Take the draw back, of an update that was not finished too."""
+        self._draw(0)
+
+    def _draw(self, b: int) -> None:
         for core in self.cores:
-            core.draw(0)
+            core.drawn = b
+        # Cores share what compiled code reads, so that one copy to a device serves all of them.
+        for core in {id(core.now): core for core in self.cores}.values():
+            core.tell()
 
     def _agree(self, b: int) -> None:
         """Compare the ranks of all processes, once a phase, at every update if torch debugs.
