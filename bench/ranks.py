@@ -160,7 +160,7 @@ def main() -> None:
         p for seed in given.seeds for make in (METHODS[given.method], lora) for p in make(seed)
     ]
     with given.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Point._fields)
         for p in points:
             writer.writerow(
