@@ -14,7 +14,7 @@ Differs from the released code: theirs is 0 below 2 ξ (`form="released"`); thei
 Limits: with a constant ξ all gates shrink once the rate is below it. In one's own loop a stage is
     attach(…, phase="stage-2"); other phases are the first. Cost: r weights more than LoRA.
 Status: operators, optimiser, stages, pruning and exports tested; published figures not verified.
-    Digits, all tasks at once, 3 seeds, bench/ranks.py: the stages of one run reach 0.908 at 8 ranks,
+    Digits, all tasks at once, 3 seeds, bench/ranks.py: stages of one run reach 0.908 at 8 ranks,
     0.924 at 6.8, 0.908 at 4.6; LoRAs of as many updates 0.929 at 4 and 0.906 at 1: fewer ranks cost
     nothing within the run, but a small LoRA is better here, unlike in the paper. Task after task it
     forgets as sequential LoRA does, since nothing in it protects old tasks.
