@@ -404,6 +404,17 @@ def test_altlora_many_pairs_of_several_shapes_move_as_each_alone(first, monkeypa
         assert_close(whole.B[n], alone.B[0])
 
 
+@pytest.mark.parametrize("r", [R, 130])
+def test_altlora_single_precision_follows_double_also_beyond_the_widest_rank(r):
+    A, B = draw(r, 380, dtype=torch.float32), draw(400, r, dtype=torch.float32)
+    ends = []
+    for dtype in (torch.float32, torch.float64):
+        toy = Toy(r=r, k=400, d=380, A=A.to(dtype), B=B.to(dtype), dtype=dtype, weight_decay=0.1)
+        toy.T = [draw(400, 380, dtype=torch.float32).to(dtype)]
+        ends.append(toy.step(6).W())
+    assert_close(ends[0], ends[1], dtype=torch.float32)
+
+
 def test_altlora_a_wrong_group_names_all_that_is_wrong():
     with pytest.raises(ConfigError) as found:
         Toy(beta1=1.0, damping=-1.0, first="C", switch_every=0, s=0.0, dtype=torch.bfloat16)

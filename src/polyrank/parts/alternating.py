@@ -27,11 +27,11 @@ STACKED = 1 << 24
 
 
 class Move(NamedTuple):
-    """What one bucket of pairs of equal shape is about to do; all (pairs, r, n)."""
+    """What one bucket of pairs of equal shape is about to do; h and the momentum (pairs, r, n)."""
 
     pairs: list[Pair]
-    projected: Tensor | None
-    momentum: Tensor
+    projected: Tensor
+    momentum: Tensor | None
     failed: Tensor
     norm: Tensor | None
 
@@ -55,7 +55,7 @@ class Alternating(Optimizer):
     h = (1/s²) (FᵀF + λI)⁻¹ g, so that s F h is G projected on the columns of F for λ = 0;
     M ← β1 (FᵀF + λI)⁻¹ Fᵀ F_old M + (1 − β1) h, with F_old the F of the last time that P moved;
     P ← P − η (M + γ P), or with `plus` P − η (M / (√V + ε) + γ P), V ← β2 V + (1 − β2) h ∘ h.
-    One Cholesky factorisation and one solve serve all pairs of a shape.
+    One Cholesky factorisation and one solve serve all pairs of a shape; r × r in fp64 to r = 128.
 
     State of a factor: `momentum`, with `plus` `square`, and of the move of the other factor since
     then only `drift` = Fᵀ (F_old − F), (r, r); with `snapshots` F_old itself, as `anchor`.
@@ -143,9 +143,9 @@ class Alternating(Optimizer):
 
     def _solve(self, group: dict[str, Any], side: str, pairs: list[Pair]) -> Move:
         """Return the projected gradients and the transported momenta of a bucket."""
-        right, beta = side == "B", group["beta1"]
-        r = pairs[0].moving.shape[1 if right else 0]
-        dtype = _work(pairs[0].moving, r)
+        right, P = side == "B", pairs[0].moving
+        r, narrow = P.shape[1 if right else 0], P.dtype
+        dtype = _work(P, r)
         F = _standing(pairs, right, dtype)
         S = F.mT @ F
         ridge = torch.full((len(pairs), 1), group["damping"], dtype=dtype, device=F.device)
@@ -158,42 +158,36 @@ class Alternating(Optimizer):
             least = pivots.amin(-1) ** 2 / pivots.amax(-1) ** 2
             # Not greater rather than smaller, so that NaN fails too.
             failed |= ~(least > r * torch.finfo(dtype).eps)
-        scales = torch.tensor([pair.scale for pair in pairs], dtype=dtype, device=F.device)
-        g = _stack([pair.moving.grad for pair in pairs], right, dtype)
-        if not group["released"]:
-            g = g / scales.square()[:, None, None]
+        # (r, r) in the wide dtype; a solve for each of n columns would be slower than products.
+        K = torch.cholesky_solve(torch.eye(r, dtype=dtype, device=F.device).expand_as(L), L)
+        s2 = torch.tensor([pair.scale**2 for pair in pairs], dtype=dtype, device=F.device)
+        inner = K if group["released"] else K / s2[:, None, None]
+        h = inner.to(narrow) @ _stack([pair.moving.grad for pair in pairs], right, narrow)
         carried = self._carried(group, pairs, F, S, right)
-        apart = group["plus"] or group["clip"] or group["released"]
-        if apart or carried is None:
-            solved = torch.cholesky_solve(g if carried is None else torch.cat([g, carried], -1), L)
-            h, *rest = solved.split(g.shape[-1], -1)
-            M = beta * rest[0] if rest else torch.zeros_like(h)
-        else:
-            M = torch.cholesky_solve((1 - beta) * g + beta * carried, L)
-            h = None
-        failed |= ~M.isfinite().flatten(1).all(1)
+        M = None
+        if carried is not None:
+            M = _stack([self.state[pair.moving]["momentum"] for pair in pairs], right, narrow)
+            M = (K @ carried).to(narrow) @ M
+            failed |= ~M.isfinite().flatten(1).all(1)
+        failed |= ~h.isfinite().flatten(1).all(1)
         norm = None
-        if h is not None:
-            failed |= ~h.isfinite().flatten(1).all(1)
-        if group["clip"] and h is not None:
-            norm = (scales.square() * (h * (S @ h)).sum((-2, -1))).sum()
+        if group["clip"]:
+            norm = (s2.to(narrow) * (h * (S.to(narrow) @ h)).sum((-2, -1))).sum()
         return Move(pairs, h, M, failed, norm)
 
     def _carried(
         self, group: dict[str, Any], pairs: list[Pair], F: Tensor, S: Tensor, right: bool
     ) -> Tensor | None:
-        """Return Fᵀ F_old M, or None before the first move."""
+        """Return Fᵀ F_old (pairs, r, r), or None before the first move."""
         states = [self.state[pair.moving] for pair in pairs]
         if "momentum" not in states[0]:
             return None
-        M = _stack([state["momentum"] for state in states], right, F.dtype)
         if group["snapshots"]:
-            old = _stack([state["anchor"] for state in states], right, F.dtype)
-            return (F.mT @ old) @ M
+            return F.mT @ _stack([state["anchor"] for state in states], right, F.dtype)
         if "drift" not in states[0]:
-            return S @ M
+            return S
         # FᵀF_old = FᵀF + Fᵀ(F_old − F): what is rounded to fp32 is only the small second term.
-        return (S + _stack([state["drift"] for state in states], False, F.dtype)) @ M
+        return S + _stack([state["drift"] for state in states], False, F.dtype)
 
     def _apply(self, group: dict[str, Any], side: str, move: Move, factor: Tensor | float) -> None:
         """Mix, step, and keep what the next transports need."""
@@ -201,37 +195,34 @@ class Alternating(Optimizer):
         beta: float = group["beta1"]
         P: list[Tensor] = [pair.moving for pair in pairs]
         states = [self.state[p] for p in P]
-        M, h = move.momentum, move.projected
-        if h is not None:
-            h = h * factor
-            M = M + (1 - beta) * h
-        kept = M
-        if group["released"] and group["plus"] and h is not None and "momentum" in states[0]:
-            kept = beta * _stack([s["momentum"] for s in states], right, M.dtype) + (1 - beta) * h
+        h = move.projected * factor
+        M = (1 - beta) * h
+        kept = M = M if move.momentum is None else M + beta * move.momentum
+        if group["released"] and group["plus"] and move.momentum is not None:
+            kept = beta * _stack([s["momentum"] for s in states], right, h.dtype) + (1 - beta) * h
         step = M
-        if group["plus"] and h is not None:
+        if group["plus"]:
             V = (1 - group["beta2"]) * h.square()
             if "square" in states[0]:
-                V = V + group["beta2"] * _stack([s["square"] for s in states], right, M.dtype)
-            _keep(states, "square", V, right, P[0].dtype)
+                V = V + group["beta2"] * _stack([s["square"] for s in states], right, h.dtype)
+            _keep(states, "square", V, right)
             step = M / (V.sqrt() + group["eps"])
-        _keep(states, "momentum", kept, right, P[0].dtype)
-        old = _stack(P, right, P[0].dtype)
-        new = self._stepped(group, side, old, step.to(old.dtype))
+        _keep(states, "momentum", kept, right)
+        old = _stack(P, right, h.dtype)
+        new = self._stepped(group, side, old, step)
         torch._foreach_copy_(P, list((new.mT if right else new).unbind()))
-        for pair, state in zip(pairs, states, strict=True):
-            if group["snapshots"]:
-                state["anchor"] = (
-                    pair.standing.detach().clone() if pair.gate is None else _gated(pair, right)
-                )
-            else:
-                state.pop("drift", None)
-        if not group["snapshots"]:
+        if group["snapshots"]:
+            for pair, state in zip(pairs, states, strict=True):
+                F = pair.standing.detach().clone() if pair.gate is None else _gated(pair, right)
+                state["anchor"] = F
+            return
+        for state in states:
+            state.pop("drift", None)
+        if "momentum" in self.state[pairs[0].standing]:
             wide = _work(P[0], new.shape[1])
             drifts = new.to(wide) @ (old - new).to(wide).mT
-            for pair, drift in zip(pairs, drifts.to(P[0].dtype).unbind(), strict=True):
-                if "momentum" in self.state[pair.standing]:
-                    self.state[pair.standing]["drift"] = drift.clone()
+            for pair, drift in zip(pairs, drifts.to(h.dtype).unbind(), strict=True):
+                self.state[pair.standing]["drift"] = drift.clone()
 
     def _stepped(self, group: dict[str, Any], side: str, old: Tensor, step: Tensor) -> Tensor:
         lr, decay = float(group["lr"]), group["weight_decay"]
@@ -284,11 +275,9 @@ def _standing(pairs: list[Pair], right: bool, dtype: torch.dtype) -> Tensor:
     return _stack(factors, right, dtype)
 
 
-def _keep(
-    states: list[dict[str, Any]], name: str, value: Tensor, right: bool, dtype: torch.dtype
-) -> None:
+def _keep(states: list[dict[str, Any]], name: str, value: Tensor, right: bool) -> None:
     """Write one kind of state of a bucket, in the shapes of the parameters."""
-    parts = (value.mT if right else value).to(dtype).unbind()
+    parts = (value.mT if right else value).unbind()
     if name in states[0]:
         torch._foreach_copy_([state[name] for state in states], list(parts))
         return
