@@ -282,6 +282,16 @@ def test_restricted_figures_of_a_task_incremental_stream(tmp_path):
     assert compare_view.gather([tmp_path]).systems[0].seeds[0].curve == [1.0, 0.75]
 
 
+def test_restricted_figures_where_they_are_asked_for(tmp_path):
+    write(tmp_path / "a", [method(two(0.5, 0.25, 0.5), restricted=two(1.0, 0.5, 0.75))])
+    for asked, forgets in ((False, 0.25), (True, 0.5)):
+        (found,) = compare_view.gather([tmp_path], restricted=asked).systems
+        assert found.by_seed("forgetting") == {0: forgets}
+    write(tmp_path / "b", [method(two(0.5, 0.25, 0.5), restricted=[[NAN, NAN], [NAN, NAN]])])
+    with pytest.raises(ConfigError, match="share their classes"):
+        compare_view.gather([tmp_path / "b"], restricted=True)
+
+
 def test_what_only_some_runs_have(tmp_path):
     plain = {"seconds": None, "trainable": None}
     write(tmp_path / "a", [method(two(0.9, 0.5, 0.9), **plain)])

@@ -15,7 +15,7 @@ and sample deviation, and the difference to a baseline, paired by seed.
 \b
   polyrank compare runs
   polyrank compare runs/smora-0 runs/smora-1 runs/lora-0 runs/lora-1 --out smora-or-lora
-  polyrank compare runs --baseline "joint lora r=16"
+  polyrank compare runs --baseline "joint lora r=16" --restricted
 """
 
 
@@ -29,11 +29,14 @@ def command(
         typer.Option(help="Label or name of a system; else the sequential reference."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the three files.")] = Path("compare"),
+    restricted: Annotated[
+        bool, typer.Option("--restricted", help="Let only the tested task's classes compete.")
+    ] = False,
 ) -> None:
     """Read the runs, write the files, print the tables."""
     from polyrank.reports import compare
 
-    written = compare(runs, baseline=baseline, out=out)
+    written = compare(runs, baseline=baseline, out=out, restricted=restricted)
     typer.echo(written["compare.md"].read_text(encoding="utf-8"))
     for path in written.values():
         typer.echo(str(path))

@@ -49,6 +49,8 @@ def compare(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     baseline: str | None = None,
     out: str | os.PathLike[str] = "compare",
+    *,
+    restricted: bool = False,
 ) -> dict[str, Path]:
     """Write compare.md, compare.csv and compare.png over finished runs of one stream.
 
@@ -60,13 +62,14 @@ def compare(
         baseline: Label or name of the system that differences are taken to; the sequential
             reference if left out.
         out: Folder of the three files, older ones of which are replaced.
+        restricted: Whether to show predictions among a task's own classes alone.
 
     Returns:
         File name to path.
 
     Raises:
         RunError: if there is no run, a run is not finished, streams differ, or `out` is a run.
-        ConfigError: if the baseline is none of the systems.
+        ConfigError: if the baseline is none of the systems, or no prediction is restricted.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     folder = Path(out)
@@ -74,7 +77,7 @@ def compare(
         raise RunError(
             f"{folder}: is a run folder, expected one for the comparison; choose another"
         )
-    found = compare_view.gather(given, baseline)
+    found = compare_view.gather(given, baseline, restricted=restricted)
     made = {
         "compare.md": compare_table.markdown(found).encode(),
         "compare.csv": compare_table.sheet(found).encode(),

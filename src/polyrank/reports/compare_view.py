@@ -96,23 +96,32 @@ class Comparison:
         return "accuracy" if self.scored == ["accuracy"] else "score"
 
 
-def gather(paths: Iterable[str | os.PathLike[str]], baseline: str | None = None) -> Comparison:
+def gather(
+    paths: Iterable[str | os.PathLike[str]],
+    baseline: str | None = None,
+    *,
+    restricted: bool = False,
+) -> Comparison:
     """Read runs and put together what is the same system at several seeds.
 
     Args:
         paths: Run folders, or folders that hold some, at any depth.
         baseline: Label or name of a system; the sequential reference if left out.
+        restricted: Whether to show predictions among a task's own classes, as a task-incremental
+            stream always does.
 
     Raises:
         RunError: if there is no run, a run is not finished, or streams differ.
-        ConfigError: if the baseline is none of the systems.
+        ConfigError: if the baseline is none of the systems, or restricted predictions were asked
+            for where they are no others.
     """
     folders = [RunFolder.open(path) for path in _folders([Path(path) for path in paths])]
     _finished(folders)
     _one_stream(folders)
     found = [(folder, folder.results()) for folder in folders]
     stream = folders[0].run["stream"]
-    headline = "restricted" if stream["scenario"] == "task-incremental" else "unrestricted"
+    known = restricted or stream["scenario"] == "task-incremental"
+    headline = "restricted" if known else "unrestricted"
     bases = _several_bases(folders)
     notes: list[str] = []
     systems: dict[str, Compared] = {}
@@ -125,6 +134,11 @@ def gather(paths: Iterable[str | os.PathLike[str]], baseline: str | None = None)
             )
             figures = _figures(folder.path, entry, headline)
             notes += _added(system, folder.run["seed"], figures, results["tasks"])
+    if restricted and all(np.isnan(f.views[headline]).all() for f in _all(systems.values())):
+        raise ConfigError(
+            f"restricted: stream {stream['name']!r} ({stream['scenario']}) has no restricted "
+            "predictions, since all tasks share their classes; leave the option out"
+        )
     ordered = sorted(systems.values(), key=lambda system: system.role != "method")
     _tell_apart(ordered)
     orders = {tuple(task["name"] for task in results["tasks"]) for _, results in found}
@@ -142,6 +156,11 @@ def gather(paths: Iterable[str | os.PathLike[str]], baseline: str | None = None)
         runs=[folder.path.name for folder in folders],
         notes=notes,
     )
+
+
+def _all(systems: Iterable[Compared]) -> Iterator[Figures]:
+    for system in systems:
+        yield from system.seeds.values()
 
 
 def _folders(paths: Sequence[Path]) -> list[Path]:
