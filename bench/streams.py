@@ -35,6 +35,12 @@ ENTRIES: list[tuple[str, str, dict, list[tuple[str, dict]]]] = [
     ("masked-l2-absorb", "lora", {}, [("masked", {}), ("l2", {}), ("absorb", {})]),
     ("ilora", "lora", {}, [("ilora", {"capacity": 0.05})]),
     ("olora", "olora", {}, []),
+    ("mora", "mora", {}, []),
+    ("mora-masked", "mora", {}, [("masked", {})]),
+    ("codyra", "codyra", {}, []),
+    ("codyra-masked", "codyra", {}, [("masked", {})]),
+    ("sora", "sora", {}, []),
+    ("dylora", "dylora", {}, []),
 ]
 # Ranks and training of each stream.
 TRAIN = {
