@@ -7,7 +7,9 @@ whose bank grows by r ranks a task. At the end of every task, after a garbage co
 the allocator has given back what it can, the resident size of the process and the bytes of all
 banks are noted. Without a leak the former grows as the latter does; `tests/methods` holds the count
 of live tensors to that within 2 %, which the resident size, kept in pages by the allocator and by
-libraries, cannot show as sharply. The first tasks fill caches: growth counts from task 3 on.
+libraries, cannot show as sharply. The first tasks fill caches: growth counts from task 3 on. In the
+table at r = 64 it is within 2 % of the bank's up to task 9; then the process takes 1.3 MB once, and
+3 % more than the bank from there on.
 """
 
 from __future__ import annotations
