@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from polyrank.frame import (
 from polyrank.parts.gates import kept_ranks, static_gates
 from polyrank.parts.optimizer import register_update
 from polyrank.parts.transforms import plain_lora
+
+if TYPE_CHECKING:
+    from polyrank.layers import View
 
 SCHEDULES = ("none", "linear", "log_linear", "exp_linear")
 STAGE = "stage-"
@@ -227,11 +230,10 @@ class Recorded(Boundary):
 
     def exports(self, workshop: Workshop) -> dict[str, Saved]:
         """Return the kept ranks; nothing if some of the update is in the base alone."""
-        saved = workshop.saved()
-        sites = saved.config["sites"].values()
-        if any(site.get("witness") is not None and not site.get("archive") for site in sites):
+        views = [cast("View", layer) for layer in workshop.adapter.layers]
+        if any(view.witness is not None and view.archive is None for view in views):
             return {}
-        return {"pruned": plain_lora(saved)}
+        return {"pruned": plain_lora(workshop.saved())}
 
     def figures(self, workshop: Workshop, routing: dict[str, Any] | None) -> list[Figure]:
         """Return the kept ranks by layer, and by task and stage."""
