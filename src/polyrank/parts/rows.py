@@ -132,7 +132,9 @@ def _adamw(lists: Lists, counts: tuple[float, ...], group: dict[str, Any]) -> No
     shape = [1] * params[0].dim()
     shape[axis] = len(counts)
     device, dtype = params[0].device, torch.promote_types(params[0].dtype, torch.float32)
-    rate, root = (torch.tensor(v, device=device, dtype=dtype).view(shape) for v in (rates, roots))
+    # Made on the CPU and sent along: made on the device, it would wait for all work before.
+    both = torch.tensor([rates, roots], dtype=dtype, device="cpu").to(device, non_blocking=True)
+    rate, root = (values.view(shape) for values in both)
     torch._foreach_div_(sizes, [root] * len(sizes))
     torch._foreach_add_(sizes, group["eps"])
     steps = torch._foreach_div(means, sizes)
