@@ -40,8 +40,8 @@ FUNCTION_LINES = 60
 LONGER: dict[str, str] = {
     "src/polyrank/cli/choices.py": "all faults of a command line are gathered in one place",
     "src/polyrank/cli/main.py": "the list of sub-commands beside what makes every stream safe",
-    "src/polyrank/cli/run.py": "fifteen options, each with its help",
-    "src/polyrank/cli/run.py:command": "nineteen options, each with its help",
+    "src/polyrank/cli/run.py": "seventeen options, each with its help",
+    "src/polyrank/cli/run.py:command": "twenty-one options, each with its help",
     "src/polyrank/engine/loop.py:run": "fifteen arguments, each explained",
     "src/polyrank/methods/codyra.py": "twelve options of its own, each explained",
     "src/polyrank/methods/moe_lora.py": "eleven published methods behind one set of options",

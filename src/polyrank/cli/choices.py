@@ -120,6 +120,12 @@ def strategy(word: str) -> tuple[str, dict[str, Any]]:
     return name, pairs(options.split(","), "--with") if options else {}
 
 
+def borrowed(init: str | None, optim: str | None) -> list[str]:
+    """Return as options what `--init` and `--optim` name."""
+    found = (("init_by", init), ("optim_by", optim))
+    return [f"{key}={word}" for key, word in found if word is not None]
+
+
 def targets(words: Sequence[str] | None) -> list[str] | str | None:
     """Return what `--target` names: a keyword of PEFT, a list of modules, or nothing."""
     if not words:

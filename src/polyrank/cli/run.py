@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from polyrank.cli import recipes
-from polyrank.cli.choices import STREAM, asked, choose, repeated
+from polyrank.cli.choices import STREAM, asked, borrowed, choose, repeated
 from polyrank.cli.outcome import show
 from polyrank.cli.values import TYPED
 
@@ -22,6 +22,7 @@ beside it.
   polyrank run --method lora --set r=8 alpha=16
   polyrank run --method smora --set r=32 k=4 --train epochs=5 lr=1e-3 --out runs/mine
   polyrank run --method lora --with replay:capacity=0.1,by=class --seed 0 1 2
+  polyrank run --method lora --init lora-ga:gamma=64 --optim altlora
   polyrank run --method-file my_method.py
   polyrank run --recipe smora --train epochs=5
 
@@ -42,6 +43,12 @@ def command(
         Word, typer.Option(help="Name of a method; `polyrank methods` lists them.")
     ] = None,
     set_: Annotated[Words, typer.Option("--set", help="Options of the method: r=16 k=4.")] = None,
+    init: Annotated[
+        Word, typer.Option(help="A method that lends its start: lora-ga:direction=ArBr,gamma=64.")
+    ] = None,
+    optim: Annotated[
+        Word, typer.Option(help="A method that lends its optimiser and rules: altlora.")
+    ] = None,
     with_: Annotated[
         Words, typer.Option("--with", help="Strategies to add: ewc, replay:capacity=0.1,by=class.")
     ] = None,
@@ -90,7 +97,7 @@ def command(
     words = asked(
         method=method,
         file=method_file,
-        options=set_ or [],
+        options=[*(set_ or []), *borrowed(init, optim)],
         strategies=with_ or [],
         stream=stream,
         model=model,

@@ -17,32 +17,34 @@ WORDS = {"init": "start", "optim": "optimiser"}
 SHARED = ("r", "alpha", "scaling", "dropout")
 
 
-def lent(method: Method, what: str, *, sound: bool = True) -> Method | None:
+def lent(method: Method, what: str) -> Method | None:
     """Return the method that lends its start ("init") or its optimiser ("optim"), or None.
 
-    It has the borrower's rank, scaling and dropout, unless those are not `sound`.
+    It has the borrower's rank, scaling and dropout.
 
     Raises:
         ConfigError: if there is no such method, or its options are wrong.
     """
     from polyrank.frame.registry import method as make
 
+    found = _asked(method, what)
+    if found is None:
+        return None
+    name, options = found
+    shared = {key: getattr(method, key) for key in SHARED}
+    return make(name, **options, **shared)  # type: ignore[no-any-return]
+
+
+def _asked(method: Method, what: str) -> tuple[str, dict[str, Any]] | None:
     text: Any = getattr(method, f"{what}_by")
     if not text or not isinstance(text, str):
         return None
     name, options = worded(text)
     fixed = (*SHARED, "init_by", "optim_by")
-    if problems := [
-        f"{name}: {key!r} is shared; give it to {method.name} itself"
-        for key in options
-        if key in fixed
-    ]:
+    problems = [f"{name}: {k!r} is shared; give it to {method.name}" for k in options if k in fixed]
+    if problems:
         raise ConfigError(problems)
-    shared = {key: getattr(method, key) for key in SHARED} if sound else {}
-    made: Any = make(name, **options)
-    if made.kind != "method":
-        raise ConfigError(f"{made.name} is a strategy; combine it with --with {made.name}")
-    return make(name, **options, **shared)  # type: ignore[no-any-return]
+    return name, options
 
 
 def lending_problems(method: Method, *, sound: bool) -> Iterator[str]:
@@ -52,19 +54,33 @@ def lending_problems(method: Method, *, sound: bool) -> Iterator[str]:
         method: the borrower.
         sound: whether its other options are right, so that they may be handed on.
     """
-    found = []
-    for what, word in WORDS.items():
-        try:
-            lender = lent(method, what, sound=sound)
-        except ConfigError as error:
-            found += [f"{what}_by: {problem}" for problem in error.problems]
-            continue
-        if lender is not None:
-            found += [
-                f"{what}_by: {lender.name} cannot lend its {word} to {method.name}: {reason}; "
-                f"leave {what}_by out, or choose another method"
-                for reason in lender.lends(what, method)
-            ]
+    found = [problem for what in WORDS for problem in _problems(method, what, sound)]
     yield from found
     if sound and not found and method.optim_by:
         yield from (f"optim_by: {problem}" for problem in conflicts(method.acting()))
+
+
+def _problems(method: Method, what: str, sound: bool) -> Iterator[str]:
+    from polyrank.frame.registry import method as make
+
+    option = f"{what}_by"
+    try:
+        asked = _asked(method, what)
+        if asked is None:
+            return
+        name, options = asked
+        lender: Any = make(name, **options)
+        if lender.kind != "method":
+            yield f"{option}: {lender.name} is a strategy; combine it with --with {lender.name}"
+            return
+        # First whether the mathematics fits, then the numbers.
+        reasons = list(lender.lends(what, method)) if sound else []
+        for reason in reasons:
+            yield (
+                f"{option}: {lender.name} cannot lend its {WORDS[what]} to {method.name}: "
+                f"{reason}; leave {option} out, or choose another method"
+            )
+        if sound and not reasons:
+            lent(method, what)
+    except ConfigError as error:
+        yield from (f"{option}: {problem}" for problem in error.problems)
