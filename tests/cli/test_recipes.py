@@ -12,8 +12,20 @@ from polyrank.cli import main, recipes
 from polyrank.cli import run as command
 
 # One line a recipe of the package.
-NAMES = ["codyra", "dylora", "mora", "olora", "smora", "sora"]
-SWEEPS = ["sweep-digits"]
+NAMES = [
+    "allora",
+    "altlora",
+    "codyra",
+    "dylora",
+    "lora-ga",
+    "lora-sb",
+    "lora-xs",
+    "mora",
+    "olora",
+    "smora",
+    "sora",
+]
+SWEEPS = ["sweep-digits", "sweep-starts"]
 
 BLOCKED = """
 import socket, sys

@@ -87,10 +87,20 @@ def test_the_recipe_is_valid_and_has_a_name(capsys):
     assert not list(Path().iterdir())
 
 
+def test_the_sweep_of_starts_compares_eight_on_one_joint_task(capsys):
+    lines = called(capsys, "sweep", "sweep-starts", "--dry").out.splitlines()
+    named = "lora rslora lora-plus lora-ga lora-sb altlora altlora-plus allora".split()
+    assert [line.partition(":")[0] for line in lines[:8]] == named
+    assert lines[8].startswith("144 runs left")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("digits",), "sweep: got 'digits', expected a YAML file or one of: sweep-digits; did you"),
+        (
+            ("digits",),
+            "sweep: got 'digits', expected a YAML file or one of: sweep-digits, sweep-starts;",
+        ),
         (("missing.yaml",), "sweep: the file 'missing.yaml' does not exist"),
         (("sweep-digits", "--report-only"), "holds no spec.lock, so it is no sweep"),
     ],
