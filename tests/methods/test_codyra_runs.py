@@ -119,7 +119,7 @@ def test_an_exported_task_has_the_ranks_that_it_kept(finished):
     rows, values = figure["rows"], torch.tensor(figure["values"])
     paths = [layer.site.path for layer in pr.adapter_of(done.model).layers]
     assert list(rows) == [*paths, "mean"]
-    assert list(figure["columns"][:2]) == ["4-5", "4-5, no gradient"]
+    assert list(figure["columns"][:2]) == ["4-5", "4-5, drawn"]
     assert_close(values[-1], values[:-1].mean(0))
     assert 0 < values[:-1].min() <= values.max() <= 4
     for number, folder in enumerate(done.system()["exports"].values()):

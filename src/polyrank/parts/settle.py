@@ -103,7 +103,7 @@ class Settle(Boundary):
         pairs = list(zip(memory["kept"], memory["twin"], strict=True))
         values = [tuple(float(k[p]) for pair in pairs for k in pair) for p in paths]
         mean = tuple(sum(column) / len(paths) for column in zip(*values, strict=True))
-        columns = [f"{task}{word}" for task in memory["tasks"] for word in ("", ", no gradient")]
+        columns = [f"{task}{word}" for task in memory["tasks"] for word in ("", ", drawn")]
         return [
             Figure(
                 name="kept-ranks",
@@ -113,7 +113,7 @@ class Settle(Boundary):
                 values=(*values, mean),
                 unit="ranks",
                 note="Beside each task: what its drawn gates would have kept under the same "
-                "thresholds without any gradient; only the difference was learned.",
+                "thresholds without any gradient (drawn).",
             )
         ]
 
