@@ -108,7 +108,7 @@ def dylora(seed: int) -> Iterator[Point]:
             size, seconds = b * sum(widths), entry["seconds"]
             yield Point(f"dylora, {mode}", f"b={b}", seed, b, size, accuracy(entry), seconds)
     model, (entry,), widths = trained(pr.method("lora", r=8), seed)
-    stream, reader = digits(), ImageReader()
+    stream, reader = digits(seed), ImageReader()
     for task in stream:
         reader.see(task)
     for b in RANKS:
