@@ -7,7 +7,8 @@ r"""Times a training step of AltLoRA, AltLoRA+ and ALLoRA against LoRA with Adam
 A Llama-shaped model from a config, all linear layers of its blocks adapted, next-token loss over
 random tokens. A round runs every system once, in a new order; the figure that counts is the ratio
 to AdamW's LoRA within a round, with its median and quartiles. `update` is the time of the rules and
-the optimiser alone. On a GPU `peak_mib` is what a step takes beyond what is held between steps.
+the optimiser alone. On a CPU all times are processor time, to which other work on the machine adds
+little; on a GPU `peak_mib` is what a step takes beyond what is held between steps.
 """
 
 import argparse
@@ -59,18 +60,18 @@ class System:
         self.optimizer = polyrank.optimizer(self.model, lr=1e-6, **options)
         self.attachment = polyrank.attach(self.optimizer, self.model)
 
-    def step(self, ids, wait):
-        """Do one training step; returns its milliseconds, those of the update among them."""
+    def step(self, ids, wait, clock):
+        """Do one training step; returns its milliseconds, and those of the update among them."""
         self.model.train()
         wait()
-        started = time.perf_counter()
+        started = clock()
         self.model(input_ids=ids, labels=ids).loss.backward()
         wait()
-        middle = time.perf_counter()
+        middle = clock()
         self.optimizer.step()
         self.optimizer.zero_grad()
         wait()
-        ended = time.perf_counter()
+        ended = clock()
         return 1e3 * (ended - started), 1e3 * (ended - middle)
 
 
@@ -88,6 +89,7 @@ def measure(args):
     """Return rows of (name, milliseconds, update milliseconds, ratio to lora, peak MiB)."""
     cuda = args.device.startswith("cuda")
     wait = torch.cuda.synchronize if cuda else lambda: None
+    clock = time.perf_counter if cuda else time.process_time
     vocabulary = SHAPES[args.shape]["vocab_size"]
     ids = torch.randint(0, vocabulary, (args.batch, args.tokens), generator=keyed("steps", "ids"))
     ids = ids.to(args.device)
@@ -95,7 +97,7 @@ def measure(args):
     for name in SYSTEMS:
         systems[name] = System(base_of(args), name, args.r, cuda)
         for _ in range(2):
-            systems[name].step(ids, wait)
+            systems[name].step(ids, wait, clock)
     order, rows = random.Random(0), []
     for _ in range(args.rounds):
         names = list(systems)
@@ -105,7 +107,7 @@ def measure(args):
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
                 held = torch.cuda.memory_allocated()
-            took[name] = systems[name].step(ids, wait)
+            took[name] = systems[name].step(ids, wait, clock)
             if cuda:
                 peaks[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
         rows += [(n, *took[n], took[n][0] / took["lora"][0], peaks.get(n)) for n in systems]
