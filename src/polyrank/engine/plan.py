@@ -135,6 +135,12 @@ class Plan:
         rows = {task.name: len(train_rows(task)) for task in self.stream}
         if any(strategy.pools for strategy in self.strategies):
             rows = {"all": sum(rows.values())}
+        wanted = self.method.starting().samples
+        if few := [name for name, count in rows.items() if count < wanted]:
+            yield (
+                f"{self.method.name}: its start looks at {wanted} rows, and task {few[0]!r} has "
+                f"{rows[few[0]]}; let it look at fewer, or give the task more"
+            )
         size = self.settings.batch_size * self.settings.accumulation
         updates = {name: -(-count // size) * self.settings.epochs for name, count in rows.items()}
         # Tasks of one length say the same.
