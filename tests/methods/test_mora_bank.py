@@ -181,7 +181,7 @@ def test_the_reuse_matrix_sums_gates_over_the_ranks_of_each_task(bench):
     gate = torch.rand(3, 2, 6).tolist()
     work.adapter.layers[1].order = [1, 0, 0, 1]
     routing = {"layers": ["first", "second"], "tasks": ["a", "b", "c"], "gate": gate}
-    found = {f.name: f for f in Append("mora", 2).figures(work, routing)}
+    found = {f.name: f for f in Append("mora").figures(work, routing)}
     assert set(found) == {"reuse", "reuse-by-layer"}
     reuse = found["reuse"]
     assert reuse.rows == reuse.columns == ("a", "b", "c")
@@ -207,8 +207,8 @@ def test_a_bank_that_never_grew_and_a_method_without_gates_have_no_reuse(bench):
     work = bench("mora", r=2)
     work.begin(0)
     routing = {"layers": ["first", "second"], "tasks": ["a"], "gate": [[[0.5, 0.5]] * 2]}
-    assert Append("mora", 2).figures(work, routing) == []
-    assert Append("olora", 2).figures(work, None) == []
+    assert Append("mora").figures(work, routing) == []
+    assert Append("olora").figures(work, None) == []
 
 
 # --- what can be dropped --------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from torch import nn
 
 import polyrank as pr
 from polyrank.frame import Step
+from polyrank.layers import keep
 from polyrank.methods.olora import Overlap
 from polyrank.testing import assert_close
 
@@ -220,3 +221,15 @@ def test_more_ranks_than_inputs_warn_or_stop(bench):
 def test_bad_options_are_named(options, says):
     with pytest.raises(pr.ConfigError, match=says):
         pr.method("olora", **options)
+
+
+def test_ranks_that_differ_by_layer_stay_so_as_banks_grow(bench):
+    work = after(bench, 1)
+    first = work.adapter.layers[0]
+    keep(work.model, first, torch.tensor([1]))
+    work.steps(count=1)
+    work.end()
+    work.begin(2)
+    for layer in work.adapter.layers:
+        own = 1 if layer.site.path == first.site.path else 2
+        assert layer.A.shape[0] == layer.B.shape[1] == own

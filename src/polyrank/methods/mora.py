@@ -98,7 +98,7 @@ class SelfActivatedRanks(Method):
 
     def boundary(self) -> Boundary:
         """Freeze the last task's ranks and add new ones."""
-        return Append("mora", self.r, early=self.released)
+        return Append("mora", early=self.released)
 
     def vital_sign(self, adapter: Adapter) -> dict[str, float]:
         """Return the size of B, and the share of live ranks that were ever chosen in training."""

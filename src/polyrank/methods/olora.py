@@ -87,7 +87,7 @@ class OLoRA(Method):
 
     def boundary(self) -> Boundary:
         """Freeze and append."""
-        return Append("olora", self.r, strict=self.strict)
+        return Append("olora", strict=self.strict)
 
     @classmethod
     def samples(cls) -> list[Method]:

@@ -25,7 +25,6 @@ class Append(Boundary):
 
     Args:
         name: of the method, for the record.
-        r: ranks of a task.
         strict: whether more ranks than inputs are an error, or a warning; None if ranks need not
             be independent.
         early: grow as soon as a task ends and not when the next one begins, so that all that is
@@ -34,15 +33,13 @@ class Append(Boundary):
 
     persistent = False
 
-    def __init__(
-        self, name: str, r: int, *, strict: bool | None = None, early: bool = False
-    ) -> None:
-        self.name, self.r, self.strict, self.early = name, r, strict, early
+    def __init__(self, name: str, *, strict: bool | None = None, early: bool = False) -> None:
+        self.name, self.strict, self.early = name, strict, early
 
     def finish(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> None:
         """Append, if this is early."""
         if self.early:
-            workshop.append(self.name, self.r)
+            workshop.append(self.name)
 
     def start(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> None:
         """Append from the second task on.
@@ -54,9 +51,10 @@ class Append(Boundary):
         for layer in workshop.adapter.layers if self.strict is not None else ():
             bank = 0 if layer.bank is None else len(layer.bank[0])
             held = 0 if workshop.first else bank + len(layer.A)
-            if held + self.r > layer.site.d_in:
+            if held + layer.site.r > layer.site.d_in:
                 full.append(
-                    f"r at {layer.site.path}: {held} ranks are taken and {self.r} are to come, but "
+                    f"r at {layer.site.path}: {held} ranks are taken and {layer.site.r} are to "
+                    "come, but "
                     f"of {layer.site.d_in} inputs no more can be independent; use a smaller r"
                 )
         if full and self.strict:
@@ -64,7 +62,7 @@ class Append(Boundary):
         if full:
             warnings.warn(f"{full[0]} ({len(full)} layers)", stacklevel=2)
         if not workshop.first and not self.early:
-            workshop.append(self.name, self.r)
+            workshop.append(self.name)
 
     def figures(self, workshop: Workshop, routing: dict[str, Any] | None) -> list[Figure]:
         """Return whose ranks the test rows of each task read, where gates tell."""
