@@ -52,19 +52,19 @@ def lanes(args):
     """Rows of a batch whose samples each have an adapter of their own."""
     from peft import LoraConfig, get_peft_model
 
-    names = [f"a{i}" for i in range(args.lanes)]
+    names = [f"lane{i}" for i in range(args.lanes)]
     ids = torch.zeros(args.lanes, args.lane_tokens, dtype=torch.long, device="cuda")
     rows, took = [], {}
     for kind in ("peft bf16", "lora", "smora"):
-        base = llama(args.shape)
+        base = llama(args.lane_shape)
         if kind == "peft bf16":
             given = LoraConfig(r=args.lane_r, target_modules=TARGETS)
-            model = get_peft_model(base, given, adapter_name="a0", autocast_adapter_dtype=False)
+            model = get_peft_model(base, given, adapter_name="lane0", autocast_adapter_dtype=False)
         else:
             options = {"k": min(args.k, args.lane_r)} if kind == "smora" else {}
             method = polyrank.method(kind, r=args.lane_r, **options)
-            model = polyrank.adapt(base, method, target_modules=TARGETS, adapter_name="a0")
-            given = model.peft_config["a0"]
+            model = polyrank.adapt(base, method, target_modules=TARGETS, adapter_name="lane0")
+            given = model.peft_config["lane0"]
         for name in names[1:]:
             model.add_adapter(name, given)
         model = filled(model).eval()
@@ -89,6 +89,7 @@ def main():
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", default="1.2b")
+    parser.add_argument("--lane-shape", default="1.2b-4-layers")
     parser.add_argument("--systems", default="base,peft bf16,peft fp32,lora,smora")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16])
     for name, default in {"r": 64, "k": 8, "rounds": 10, "lanes": 64, "lane_tokens": 1,

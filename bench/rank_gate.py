@@ -3,14 +3,26 @@
     python bench/rank_gate.py --out bench/results/rank_gate.csv [--cases main,wide] [--compile]
 
 Forward, and forward + backward (gradients of x and of all adapter weights), in bf16, weights of the
-adapters in fp32 unless said otherwise. A round runs every system in a new order; medians of rounds.
+adapters in fp32 unless said otherwise; as called, where the host may be what is slow, and replayed
+by a CUDA graph, which is the device's time alone. A round runs every system in a new order;
+medians of rounds.
 The figure that counts is the time over that of the frozen layer, as a ratio to PEFT's within a run.
 """
 
 import argparse
 
 import torch
-from common import NaiveMixture, Path_, adapted, filled, peak_mib, peft_lora, rounds_us, save
+from common import (
+    NaiveMixture,
+    Path_,
+    adapted,
+    filled,
+    median_graph_us,
+    peak_mib,
+    peft_lora,
+    rounds_us,
+    save,
+)
 from torch import nn
 
 import polyrank
@@ -27,6 +39,8 @@ CASES = {
     "r16": (8192, 4096, 4096, 16, 4),
     "r256": (8192, 4096, 4096, 256, 16),
 }
+
+GRAPHED = ("base", "peft bf16", "peft fp32", "naive mixture", "smora", "lora")
 
 
 def gate():
@@ -119,12 +133,18 @@ def measure(name, args):
             steps[system] = Path_(path, step_of(model, xs, dy, backward))
         times[backward] = rounds_us(steps, args.rounds, args.inner)
     peaks = {system: peak_mib(step) for system, step in steps.items()}
+    device = {}
+    for system, step in steps.items():
+        # The eager path and the host's waits are not to be captured everywhere.
+        device[system] = median_graph_us(step, repeats=6) if system in GRAPHED else float("nan")
     rows = []
     for system in models:
         ref = "base compiled" if system.endswith("compiled") else "base"
         peft = "peft bf16 compiled" if system.endswith("compiled") else "peft bf16"
         extra = times[True][system] - times[True][ref]
         ratio = extra / (times[True][peft] - times[True][ref])
+        alone = device[system] - device[ref]
+        device_ratio = alone / (device[peft] - device[ref])
         rows.append(
             {
                 "case": name, "tokens": T, "d_in": d, "d_out": n, "r": r, "k": k, "system": system,
@@ -132,12 +152,17 @@ def measure(name, args):
                 "step_us": round(times[True][system], 1),
                 "extra_us": round(extra, 1),
                 "extra_over_peft": round(ratio, 3),
+                "device_us": round(device[system], 1),
+                "device_extra_us": round(alone, 1),
+                "device_extra_over_peft": round(device_ratio, 3),
                 "peak_extra_mib": round(peaks[system] - peaks["base"], 1),
             }
         )  # fmt: skip
         print(
             f"{name:6} {system:20} fwd {times[False][system]:7.1f}  step {times[True][system]:7.1f}"
-            f"  extra {extra:6.1f}  /peft {ratio:5.2f}  mem {rows[-1]['peak_extra_mib']:6.1f}"
+            f"  extra {extra:6.1f}  /peft {ratio:5.2f}"
+            f"  device {device[system]:6.1f} +{alone:6.1f}  /peft {device_ratio:5.3f}"
+            f"  mem {rows[-1]['peak_extra_mib']:6.1f}"
         )
     if args.profile:
         profile(steps["smora"])

@@ -18,6 +18,7 @@ from polyrank.frame import Core, Flow, Method, Site, keyed
 from polyrank.layers.archive import holds
 from polyrank.layers.compat import check_adapters_to_merge, in_out_features
 from polyrank.layers.fused import Sharing, through
+from polyrank.layers.grouped import grouped
 from polyrank.layers.segments import noted_bank, restore_bank
 from polyrank.layers.trainability import DeclaredTrainability
 from polyrank.layers.views import Factor, Frozen, View, wide
@@ -285,6 +286,8 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
                 )
             # Tokens in one row after the other, as some models flatten them.
             lane = lane.repeat_interleave(len(x) // len(lane))
+        if (together := grouped(self, y, x, lane, flow)) is not None:
+            return together
         for index, name in enumerate(flow.lanes):
             if name in self.views:
                 rows = (lane == index).nonzero().squeeze(-1)

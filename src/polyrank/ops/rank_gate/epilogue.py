@@ -105,8 +105,8 @@ class Epilogue:
         return 1e-6 if self.bias_in_weight else 1e-30
 
     def bias_of_blocks(self, dtype: torch.dtype) -> Tensor | None:
-        """Return b of each block, (r / block,), detached."""
-        return None if self.bias is None else self.bias.detach()[:: self.block].to(dtype)
+        """Return b of each block, (…, r / block), detached."""
+        return None if self.bias is None else self.bias.detach()[..., :: self.block].to(dtype)
 
     def weight_bias(self, dtype: torch.dtype) -> Tensor | float:
         """The part of b that enters the weights."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from polyrank.ops.rank_gate import launch
+from polyrank.ops.rank_gate.launch import At
 from polyrank.ops.rank_gate.plan import WIDTH, Call, Given, Part, Plan, call_of, plan_of, unit
 
 # torch.mm(bf16, bf16, out_dtype=fp32), on CUDA only, came with torch 2.8.
@@ -25,45 +26,40 @@ def flat(x: Tensor) -> Tensor:
 def forward(
     x: Tensor, given: Given, mask: Tensor | None, seed: int | Tensor, call: Call
 ) -> tuple[list[Tensor], Given, Given, Plan]:
-    """Outputs and counts of every member, and what backward needs: [[A; rows], (B, h, kept) …]."""
+    """Outputs and counts of every member, and what backward needs: [A; rows] and a buffer."""
     flat_x = flat(x)
     plan = plan_of(call, flat_x, given, mask is not None, isinstance(seed, Tensor))
     AW = x.new_empty(plan.ranks, x.shape[-1]) if call.packs else None
-    outs, counts, saved = [], [], [AW]
+    buffer = x.new_empty(plan.bytes, dtype=torch.uint8)
+    outs, counts, origin = [], [], buffer.data_ptr()
     for part in plan.parts:
-        m, found = part.m, given[part.at : part.at + WIDTH]
+        found = given[part.first : part.first + WIDTH]
         _, _, A, rows, B, gate, bias, _ = found
         A, B, number = unit(A), unit(B), None
         rows = A if rows is None else unit(rows)
         if AW is not None:
             own = AW if part.whole else AW[part.start : part.start + part.width]
-            if m.counts:
+            if part.m.counts:
                 number = x.new_empty(part.r, dtype=torch.int64)
-            packed = x.new_empty(part.n, part.r_B)
+            packed = part.at("B", buffer, origin)
             part.pack(A, rows, B, own, packed, own if number is None else number)
-            A, rows, B = own, own[part.r :] if m.linear else own, packed
-        q = x.new_empty(plan.T, part.r)
-        h = kept = q
-        if call.keep and m.kind != "none":
-            h = x.new_empty(plan.T, part.r, dtype=part.wide)
-            kept = x.new_empty(plan.T, part.r, dtype=torch.float32) if m.gated else q
+            A, rows, B = own, own[part.r :] if part.m.linear else own, packed
+        q = part.at("q", buffer, origin)
         part.read(
             flat_x, A, rows, x if gate is None else gate, x if bias is None else bias,
-            x if mask is None else mask, q, h, kept, q if number is None else number,
+            x if mask is None else mask, q, part.at("h", buffer, origin),
+            part.at("kept", buffer, origin), x if number is None else number,
             launch.flag(x.device), *part.read.split(flat_x), seed=seed if call.dropout else None,
         )  # fmt: skip
-        outs.append(_output(x, flat_x, q, B, found, part, call))
+        outs.append(_output(x, flat_x, q.after(part.silent), B, found, part, call))
         counts.append(number)
-        saved += [B, h, kept if m.gated else None]
-    return outs, counts, saved if call.keep else [], plan
+    return outs, counts, [AW, buffer] if call.keep else [], plan
 
 
 def _output(
-    x: Tensor, flat_x: Tensor, q: Tensor, B: Tensor, found: Given, part: Part, call: Call
+    x: Tensor, flat_x: Tensor, q: At, B: Tensor | At, found: Given, part: Part, call: Call
 ) -> Tensor:
     base, bias = found[:2]
-    # Silent ranks have no column of B.
-    q = q[:, part.silent :] if part.silent else q
     if call.owned and part.folds:
         # The product that adds reads the update while it computes; a pass of its own costs more.
         out = x.new_empty(flat_x.shape[0], part.n)
@@ -99,39 +95,40 @@ def backward(
 
     Of `given` only W, gate, balance bias and row_scale are read.
     """
-    flat_x, call = flat(x), plan.call
+    flat_x, call, (AW, buffer) = flat(x), plan.call, saved
     d = x.new_empty(plan.T, plan.ranks)
     dys = [dy if dy is None else flat(dy) for dy in dys]
     dys = [dy if dy is None or dy.dtype == x.dtype else dy.to(x.dtype) for dy in dys]
     grads, scaled = [], []
     for part, dy, need in zip(plan.parts, dys, needs.members, strict=True):
-        found, kept = given[part.at : part.at + WIDTH], saved[1 + 3 * part.i : 4 + 3 * part.i]
+        found = given[part.first : part.first + WIDTH]
         own = d if part.whole else d[:, part.start : part.start + part.width]
-        grad, own = _member_gradients(dy, found, kept, own, part, plan, need)
+        grad, own = _member_gradients(dy, found, buffer, own, part, plan, need)
         grads.append(grad)
         scaled.append(own)
     dx: Tensor | None = None
     if needs.x:
         dx = x.new_empty(flat_x.shape)
         if plan.vendor:
-            torch.mm(d, saved[0], out=dx)
+            torch.mm(d, AW, out=dx)
         else:
             plan.spread(d.stride(0))(dx, dx, d, saved[0], dx, seed=seed if call.dropout else None)
         if call.owned:
             for part, dy in zip(plan.parts, dys, strict=True):
                 if dy is not None:
-                    accumulate(dx, dy, given[part.at])
+                    accumulate(dx, dy, given[part.first])
         dx = dx if x.dim() == 2 else dx.view(x.shape)
     _key_gradients(grads, flat_x, d, scaled, seed, plan, needs)
     return dx, grads
 
 
 def _member_gradients(
-    dy: Tensor | None, found: Given, saved: Given, d: Tensor, part: Part, plan: Plan,
+    dy: Tensor | None, found: Given, buffer: Tensor, d: Tensor, part: Part, plan: Plan,
     need: tuple[bool, bool, bool, bool],
 ) -> tuple[Given, Tensor]:  # fmt: skip
     """Fills d with [dh, dz]; [None, None, dB, dgate], and d as parameters are to see it."""
-    (_, _, to_B, to_gate), (B, h, kept), m = need, saved, part.m
+    (_, _, to_B, to_gate), m, origin = need, part.m, buffer.data_ptr()
+    q, h, kept, B = (part.at(name, buffer, origin) for name in ("q", "h", "kept", "B"))
     gate, bias, row_scale = found[5:]
     grad: Given = [None] * 4
     if dy is None:
@@ -141,22 +138,20 @@ def _member_gradients(
         if to_gate:
             grad[3] = torch.zeros_like(gate)
         return grad, d
-    q = h if m.kind == "none" else d.new_empty(plan.T, part.r)
     sums = d.new_empty(part.tiles, part.r, dtype=torch.float32) if m.kind == "static" else d
 
-    def pass_through(B: Tensor, to: Tensor) -> None:
+    def pass_through(B: Tensor | At, to: Tensor) -> None:
         work = part.inner(dy.stride(0), to.stride(0))
         work(
-            dy, B, d if gate is None else gate, d if bias is None else bias, h,
-            d if kept is None else kept, q, to, to[:, part.r :] if m.linear else to, sums,
-            *work.split(d),
+            dy, B, d if gate is None else gate, d if bias is None else bias, h, kept, to,
+            to[:, part.r :] if m.linear else to, sums, *work.split(d),
         )  # fmt: skip
 
     pass_through(B, d)
     if row_scale is not None and any(need):
         # The gradient of x sees dy as it came, those of the parameters see it scaled.
         d = torch.empty_like(d, memory_format=torch.contiguous_format)
-        pass_through((B * row_scale[:, None]).to(B.dtype), d)
+        pass_through((B.tensor() * row_scale[:, None]).to(B.dtype), d)
     if to_gate:
         grad[3] = sums.sum(0).to(gate.dtype)
     if to_B:
@@ -164,9 +159,9 @@ def _member_gradients(
         dB = (d.new_zeros if frozen else d.new_empty)(part.n, part.r_B, dtype=part.B_dtype)
         if frozen < part.r_B:
             work = part.values(dy.stride(0), row_scale is not None)
-            right, out = (q[:, m.live_from :], dB[:, frozen:]) if m.live_from else (q, dB)
+            out = dB[:, frozen:] if frozen else dB
             scale = dy if row_scale is None else row_scale
-            work(dy, right, out, scale, *work.split(d))
+            work(dy, q.after(m.live_from), out, scale, *work.split(d))
         grad[2] = dB
     return grad, d
 
@@ -241,20 +236,19 @@ def rank_gate_op(
 @rank_gate_op.register_fake
 def _(x, given, mask, key, seed, numbers):
     call = call_of(tuple(numbers))
-    T = x.numel() // max(x.shape[-1], 1)
-    outs, counts, saved, ranks = [], [], [], 0
-    for i, m in enumerate(call.members):
-        base, _, A, _, B, *_ = given[i * WIDTH : (i + 1) * WIDTH]
-        r = A.shape[0]
-        shape = (*x.shape[:-1], base.shape[0]) if call.owned else base.shape
-        outs.append(base.new_empty(shape))
-        counts.append(x.new_empty(r, dtype=torch.int64) if m.counts and call.packs else None)
-        wide = torch.float32 if m.kind == "self" else x.dtype
-        kept = x.new_empty(T, r, dtype=torch.float32) if m.gated else None
-        saved += [x.new_empty(B.shape), x.new_empty(T, r, dtype=wide), kept]
-        ranks += m.ranks(r)
-    saved = [x.new_empty(ranks, x.shape[-1]) if call.packs else None, *saved]
-    return [*outs, *_present(counts, x), *_present(saved if call.keep else [], x)]
+    # Not among the plans of real tensors: its sizes may be symbols.
+    plan = Plan(call, flat(x), given, mask is not None, key is not None)
+    outs, counts = [], []
+    for part in plan.parts:
+        base = given[part.first]
+        outs.append(base.new_empty((*x.shape[:-1], part.n) if call.owned else base.shape))
+        number = x.new_empty(part.r, dtype=torch.int64) if part.m.counts and call.packs else None
+        counts.append(number)
+    saved: Given = []
+    if call.keep:
+        AW = x.new_empty(plan.ranks, plan.d) if call.packs else None
+        saved = [AW, x.new_empty(plan.bytes, dtype=torch.uint8)]
+    return [*outs, *_present(counts, x), *_present(saved, x)]
 
 
 @torch.library.custom_op("polyrank::rank_gate_backward", mutates_args=())

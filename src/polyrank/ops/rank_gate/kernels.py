@@ -221,13 +221,13 @@ def write(
 
 @triton.jit
 def inner(
-    dy, B, gate, bias, h, kept, q, dh, dz, dgate, scratch, locks,
+    dy, B, gate, bias, h, kept, dh, dz, dgate, scratch, locks,
     T, N, r, sy, sbn, sbr, sd, silent, scale, total, floor, tau, delta, eps,
     R: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, IN_WEIGHT: tl.constexpr,
     CUT: tl.constexpr, OFF: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One read of dy (T, N): u = scale · dy B, and through the gates dh, dz, q, parts of dgate."""
+    """One read of dy (T, N): u = scale · dy B, and through the gates dh, dz, parts of dgate."""
     tile, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
     t, cols = _rows(tile, BM, T), tl.arange(0, R)
     heard = (cols >= silent) & (cols < r)
@@ -260,12 +260,10 @@ def inner(
             keep = tl.load(kept + t[:, None] * r + cols[None, :], mask=live, other=OFF)
         value = _per_rank(gate, cols, r, KIND == "static")
         b = _per_rank(bias, cols, r, BIAS)
-        g, d_h, d_z = gates.backward(
+        _, d_h, d_z = gates.backward(
             u, h_own, keep, value, b, total, floor, tau, delta, eps, KIND, IN_WEIGHT, CUT
         )
         tl.store(dh + to * sd + cols[None, :], d_h.to(dh.dtype.element_ty), mask=own)
-        if KIND != "none":
-            tl.store(q + to * r + cols[None, :], (g * h_own).to(q.dtype.element_ty), mask=own)
         if KIND == "sigmoid" or KIND == "softmax":
             tl.store(dz + to * sd + cols[None, :], d_z.to(dz.dtype.element_ty), mask=own)
         if KIND == "static":

@@ -54,6 +54,38 @@ class Member(NamedTuple):
         return 2 * r if self.linear else r
 
 
+class At:
+    """A matrix within a buffer of bytes, as kernels see it: allocating each would take longer."""
+
+    __slots__ = ("buffer", "columns", "dtype", "place", "rows", "start")
+
+    def __init__(
+        self, buffer: Tensor, origin: int, start: int, rows: int, columns: int, dtype: torch.dtype
+    ) -> None:
+        self.buffer, self.start, self.rows, self.columns = buffer, start, rows, columns
+        self.dtype, self.place = dtype, origin + start
+
+    def data_ptr(self) -> int:
+        """Its address."""
+        return self.place
+
+    def after(self, columns: int) -> "At":
+        """The same rows without their first columns, of the old distance."""
+        if not columns:
+            return self
+        start = self.start + columns * self.dtype.itemsize
+        origin = self.place - self.start
+        return At(self.buffer, origin, start, self.rows, self.columns, self.dtype)
+
+    def tensor(self) -> Tensor:
+        """What lies there and beyond, rows in one piece where they are whole."""
+        size = self.rows * self.columns * self.dtype.itemsize
+        end = min(self.start + size, self.buffer.numel())
+        flat = self.buffer[self.start : end].view(self.dtype)
+        whole = flat.numel() == self.rows * self.columns
+        return flat.view(self.rows, self.columns) if whole else flat
+
+
 class Launch:
     """A kernel with everything but its tensors: they come first, then numbers, then constants.
 
@@ -76,7 +108,7 @@ class Launch:
         self.tail = (*numbers, *constants)
         self.ready: dict[Any, tuple[Any, Any, Any]] = {}
 
-    def __call__(self, *tensors: Tensor, seed: int | Tensor | None = None) -> None:
+    def __call__(self, *tensors: Tensor | At, seed: int | Tensor | None = None) -> None:
         """Start it on the current stream."""
         if INTERPRETED:
             self._ordinary(tensors, seed)
@@ -101,7 +133,8 @@ class Launch:
         stream = torch._C._cuda_getCurrentRawStream(device)
         run(*self.grid, stream, function, packed, None, None, None, *places, *tail)
 
-    def _ordinary(self, tensors: tuple[Tensor, ...], seed: int | Tensor | None) -> Any:
+    def _ordinary(self, given: tuple[Tensor | At, ...], seed: int | Tensor | None) -> Any:
+        tensors = [t.tensor() if isinstance(t, At) else t for t in given]
         extra = () if seed is None else (seed,)
         return self.kernel[self.grid](
             *tensors, *self.numbers, *extra, *self.constants, num_warps=self.warps,
@@ -219,8 +252,8 @@ def inner(
 ) -> Launch:  # fmt: skip
     """One read of dy (T, N); strides of dy, B (two), d.
 
-    Takes dy, B, gate, bias, h, kept, q, dh, dz, dgate, scratch, locks; dgate has a row for each of
-    `parts(launch)` tiles of tokens.
+    Takes dy, B, gate, bias, h, kept, dh, dz, dgate, scratch, locks; dgate has a row for each of
+    `token_tiles`.
     """
     R = tiles.padded(r)
     tile = tiles.read(T, N, R, dtype.itemsize)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from polyrank.ops.rank_gate import launch
 from polyrank.ops.rank_gate.kernel_gates import KINDS
-from polyrank.ops.rank_gate.launch import Launch, Member
+from polyrank.ops.rank_gate.launch import At, Launch, Member
 
 # Of one member: y or W, the bias of W, A, rows, B, gate, balance bias, row_scale.
 WIDTH = 8
@@ -60,7 +60,7 @@ class Part:
 
     Attributes:
         i: its number.
-        at: where its tensors begin among the given.
+        first: where its tensors begin among the given.
         start: its first column of d and row of [A; rows].
         width: how many it has.
         whole: whether it is the only member.
@@ -71,7 +71,7 @@ class Part:
 
     def __init__(self, plan: "Plan", i: int, start: int, found: Given, biased: bool) -> None:
         base, bias, A, rows, B, _, balance, _ = found
-        self.plan, self.i, self.at, self.start = plan, i, i * WIDTH, start
+        self.plan, self.i, self.first, self.start = plan, i, i * WIDTH, start
         self.m = m = plan.call.members[i]
         self.r, self.n, self.r_B = A.shape[0], B.shape[0], B.shape[1]
         self.width, self.whole = m.ranks(self.r), len(plan.call.members) == 1
@@ -81,9 +81,33 @@ class Part:
         self.rows_dtype = None if rows is None else rows.dtype
         self.tiles = launch.token_tiles(plan.T, self.n, self.r, plan.dtype.itemsize)
         self.folds = plan.call.owned and plan.T > 64
+        self._lay_out()
         self._inner: dict[tuple[int, int], Launch] = {}
         self._values: dict[tuple[int, bool], Launch] = {}
         self._forward(base, bias, unit(A), A if rows is None else unit(rows), unit(B))
+
+    def _lay_out(self) -> None:
+        """Place q, h, what is kept of the gate and B, one after the other, in the plan's buffer."""
+        plan, m = self.plan, self.m
+        self.places: dict[str, tuple[int, int, int, torch.dtype]] = {}
+
+        def place(name: str, rows: int, columns: int, dtype: torch.dtype) -> None:
+            self.places[name] = (plan.bytes, rows, columns, dtype)
+            # The widest loads of a kernel take 16 bytes.
+            plan.bytes += -(-rows * columns * dtype.itemsize // 16) * 16
+
+        place("q", plan.T, self.r, plan.dtype)
+        self.places["h"] = self.places["kept"] = self.places["q"]
+        if plan.call.keep and m.kind != "none":
+            place("h", plan.T, self.r, self.wide)
+            if m.gated:
+                place("kept", plan.T, self.r, torch.float32)
+        if plan.call.packs:
+            place("B", self.n, self.r_B, plan.dtype)
+
+    def at(self, name: str, buffer: Tensor, origin: int) -> At:
+        """One of them in a buffer that begins at the address `origin`."""
+        return At(buffer, origin, *self.places[name])
 
     def _forward(self, base: Any, bias: Any, A: Tensor, rows: Tensor, B: Tensor) -> None:
         plan, m, call = self.plan, self.m, self.plan.call
@@ -136,6 +160,7 @@ class Plan:
     """The launches of a call on x (T, d); see `Part`.
 
     Attributes:
+        bytes: size of the buffer of q, h, what is kept and B of all members.
         vendor: whether torch's own products of skinny matrices are the faster ones here.
         alike: whether one product can make the gradients of all A and rows.
     """
@@ -144,7 +169,7 @@ class Plan:
         self.call, self.dtype, self.mask, self.seeded = call, x.dtype, mask, seeded
         (self.T, self.d), self.sx = x.shape, x.stride(0)
         self.parts: list[Part] = []
-        start = 0
+        self.bytes = start = 0
         for i in range(len(call.members)):
             part = Part(self, i, start, given[i * WIDTH : (i + 1) * WIDTH], mask)
             self.parts.append(part)

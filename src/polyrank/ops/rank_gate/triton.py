@@ -1,11 +1,11 @@
 """The rank gate on kernels: the autograd side of `fused.py`, and what it cannot serve.
 
 Saved for backward: x, h, a router's logits and the factors in the dtype of x; no gates, no copy of
-x. Logits that are not finite make the gates of their token NaN; the backward of a training step
-raises for them, forward never waits for the device.
+x. Logits that are not finite make the gates of their token NaN. Backward raises for them as soon as
+the host can see it: nothing waits for the device, so that it may be the backward of the next step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -55,24 +55,17 @@ def _on(x: Tensor) -> Any:
     return torch.cuda.device(x.device)
 
 
-def _watch(device: torch.device, call: Call) -> Callable[[], None] | None:
-    """What backward calls to learn whether forward met logits that are not finite."""
-    if torch.compiler.is_compiling() or not any(m.gated for m in call.members):
-        return None
-    flag, event = launch.raised(device), None
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing() or not call.keep:
-            return None
-        event = torch.cuda.current_stream(device).record_event()
+def _check(x: Tensor) -> None:
+    """Raise if a kernel met logits that are not finite, as far as the host knows by now.
 
-    def finish() -> None:
-        if event is not None:
-            event.synchronize()
-        if flag[0]:
-            flag[0] = 0
-            raise NonFiniteError(MESSAGE.format("some tokens"))
-
-    return finish
+    Raises:
+        NonFiniteError: Once; what is not finite was met by this call or an earlier one.
+    """
+    if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if launch.raised(x.device)[0]:
+        launch.raised(x.device)[0] = 0
+        raise NonFiniteError(MESSAGE.format("some tokens"))
 
 
 class _Fused(torch.autograd.Function):
@@ -92,13 +85,12 @@ class _Fused(torch.autograd.Function):
             with _on(x):
                 outs, counts, saved, plan = fused.forward(x, list(given), mask, seed, call)
                 ctx.plan = plan
-        finish = _watch(x.device, call)
-        if finish is not None and not (x.is_cuda and call.keep):
-            finish()
+        if not x.is_cuda:
+            _check(x)
         if call.inplace:
             ctx.mark_dirty(given[0])
         if call.keep:
-            ctx.call, ctx.finish = call, finish
+            ctx.call = call
             ctx.seed = None if isinstance(seed, Tensor) else seed
             # Of what was given, backward in eager mode reads W, gate, balance bias and row_scale.
             held = list(given)
@@ -121,9 +113,9 @@ class _Fused(torch.autograd.Function):
         outs = dys[:n]
         if all(dy is None for dy in outs):
             return (None,) * (4 + n * width)
-        if ctx.finish is not None:
-            ctx.finish()
         x, key, *rest = ctx.saved_tensors
+        if any(m.gated for m in call.members):
+            _check(x)
         given, saved = list(rest[: ctx.held]), list(rest[ctx.held :])
         asked = ctx.needs_input_grad
         needs = fused.Needs(
@@ -189,6 +181,9 @@ def linears(
         given += [p.W, p.b, p.A, p.rows, p.B, p.epilogue.gate, _detached(p.epilogue.bias)]
         given.append(p.row_scale)
     call = _call_of(members, x, given, dropout, owned=True)
+    if not (call.keep or torch.compiler.is_compiling()):
+        with _on(x):
+            return fused.forward(x, given, mask, _seed(seed), call)[:2]
     found = _Fused.apply(call, _seed(seed), x, mask, *given)
     n = len(members)
     return list(found[:n]), list(found[n:])
