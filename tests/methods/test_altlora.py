@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from polyrank.errors import ConfigError
+from polyrank.errors import ConfigError, RunError
 from polyrank.frame import keyed
 from polyrank.parts.alternating import Alternating
 from polyrank.testing import assert_close
@@ -421,3 +421,26 @@ def test_altlora_a_wrong_group_names_all_that_is_wrong():
     text = str(found.value)
     for word in ("beta1", "damping", "first", "switch_every", "scale 0.0", "torch.bfloat16"):
         assert word in text
+
+
+def test_altlora_every_parameter_stands_in_one_pair():
+    A, B, other = (nn.Parameter(draw(*shape)) for shape in ((R, D), (K, R), (K, R)))
+    pair = {"A": 0, "B": 1, "scale": 1.0, "name": "layer", "gated": False}
+    for params, pairs in (
+        ([A], []),
+        ([A, B, other], [pair]),
+        ([A, B, other], [pair, {**pair, "B": 2}]),
+    ):
+        with pytest.raises(ConfigError, match="every parameter to be the A or the B of one pair"):
+            Alternating([{"params": params, "pairs": pairs}])
+    wrong = nn.Parameter(draw(R, D, key=1))
+    with pytest.raises(ConfigError, match=r"pair layer: got A \(3, 7\) and B \(3, 7\)"):
+        Alternating([{"params": [A, wrong], "pairs": [pair]}])
+
+
+def test_altlora_sparse_gradients_are_refused():
+    toy = Toy(first="B")
+    toy.fill()
+    toy.B[0].grad = toy.B[0].grad.to_sparse()
+    with pytest.raises(RunError, match="got a sparse gradient of B"):
+        toy.optimizer.step()

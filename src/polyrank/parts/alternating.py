@@ -131,12 +131,17 @@ class Alternating(Optimizer):
 
     def _move(self, group: dict[str, Any], side: str) -> None:
         found = [self._solve(group, side, bucket) for bucket in self._pairs(group, side)]
+        if not found:
+            return
+        # Layers may stand on several devices.
+        device = found[0].failed.device
         # Once for the whole model: asking waits for all work of an accelerator.
-        if found and bool(torch.stack([move.failed.any() for move in found]).any()):
+        if bool(torch.stack([move.failed.any().to(device) for move in found]).any()):
             raise _failure(found, side, group["damping"])
-        factor: Tensor | float = 1.0
-        if group["clip"] and found:
-            total = torch.stack([m.norm for m in found if m.norm is not None]).sum().sqrt()
+        factor: Tensor | None = None
+        if group["clip"]:
+            norms = [move.norm.to(device) for move in found if move.norm is not None]
+            total = torch.stack(norms).sum().sqrt()
             factor = (group["clip"] / total.clamp_min(1e-30)).clamp_max(1.0)
         for move in found:
             self._apply(group, side, move, factor)
@@ -189,13 +194,13 @@ class Alternating(Optimizer):
         # FᵀF_old = FᵀF + Fᵀ(F_old − F): what is rounded to fp32 is only the small second term.
         return S + _stack([state["drift"] for state in states], False, F.dtype)
 
-    def _apply(self, group: dict[str, Any], side: str, move: Move, factor: Tensor | float) -> None:
+    def _apply(self, group: dict[str, Any], side: str, move: Move, factor: Tensor | None) -> None:
         """Mix, step, and keep what the next transports need."""
         pairs, right = move.pairs, side == "B"
         beta: float = group["beta1"]
         P: list[Tensor] = [pair.moving for pair in pairs]
         states = [self.state[p] for p in P]
-        h = move.projected * factor
+        h = move.projected if factor is None else move.projected * factor.to(P[0])
         M = (1 - beta) * h
         kept = M = M if move.momentum is None else M + beta * move.momentum
         if group["released"] and group["plus"] and move.momentum is not None:
