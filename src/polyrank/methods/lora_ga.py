@@ -16,7 +16,8 @@ Differs from the released code: A0, B0 are subtracted as frozen factors and W st
 Limits: linear layers with 2r <= min(d_in, d_out); with dropout the start is neutral in evaluation
     only. Cost: LoRA's twice in the forward, r (d_in + d_out) frozen weights, once a pass over some
     batches and a decomposition a layer.
-Status: start, first step and export tested; published figures not verified.
+Status: start, first step and export tested; published figures not verified; on the digits stream it
+    learns each task and forgets as sequential LoRA does (`polyrank run --recipe lora-ga`, seed 0).
 """
 
 from __future__ import annotations

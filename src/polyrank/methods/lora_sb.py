@@ -12,7 +12,9 @@ Differs from the released code: factors stay in fp32 and the decomposition overs
 Limits: r <= min(d_in, d_out); not neutral at start. Cost: r² weights with optimiser state,
     r (d_in + d_out) + r² operations a token, the input is not kept for backward; once a pass over
     some rows and a decomposition a layer.
-Status: start, gradients, merge and mixing tested; published figures not verified.
+Status: start, gradients, merge and mixing tested; published figures not verified; on the digits
+    stream it learns each task and forgets as sequential LoRA of equal rank does (`polyrank run
+    --recipe lora-sb`, seed 0).
 """
 
 from __future__ import annotations

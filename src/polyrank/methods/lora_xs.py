@@ -10,7 +10,9 @@ Differs from the released code: R may start at exactly zero (`std=0`, the defaul
 Limits: r <= min(d_in, d_out); a base weight that can be read, so no quantised one; results depend
     on s. Cost: r² weights with optimiser state, r (d_in + d_out) + r² operations a token, the input
     is not kept for backward; a decomposition a layer.
-Status: start, gradients, merge and mixing tested; published figures not verified.
+Status: start, gradients, merge and mixing tested; published figures not verified; on the digits
+    stream it learns each task a little worse than LoRA of equal rank and forgets less among a
+    task's own classes, 0.88 against 0.70 (`polyrank run --recipe lora-xs`, seed 0, a 2-core CPU).
 """
 
 from __future__ import annotations
