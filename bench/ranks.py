@@ -73,10 +73,9 @@ def accuracy(entry: dict[str, Any]) -> float:
     return float(entry["metrics"]["unrestricted"]["average_accuracy"])
 
 
-def lora(seed: int) -> Iterator[Point]:
+def lora(seed: int, epochs: int) -> Iterator[Point]:
     """Train a LoRA at every rank."""
     for r in RANKS:
-        epochs = EPOCHS + LATER * BUDGET // 20
         _, (entry,), widths = trained(pr.method("lora", r=r), seed, epochs)
         size, seconds = r * sum(widths), entry["seconds"]
         yield Point("lora", f"r={r}", seed, r, size, accuracy(entry), seconds)
@@ -119,7 +118,8 @@ def dylora(seed: int) -> Iterator[Point]:
         yield Point("lora, cut", f"b={b}", seed, b, size, mean(scores), seconds)
 
 
-METHODS = {"dylora": dylora, "sora": sora}
+# What is measured, and how long the LoRAs beside it train: as long as it does.
+METHODS = {"dylora": (dylora, EPOCHS), "sora": (sora, EPOCHS + LATER * BUDGET // 20)}
 
 
 def draw(points: list[Point], path: Path) -> None:
@@ -156,9 +156,8 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    points = [
-        p for seed in given.seeds for make in (METHODS[given.method], lora) for p in make(seed)
-    ]
+    measure, epochs = METHODS[given.method]
+    points = [p for seed in given.seeds for p in (*measure(seed), *lora(seed, epochs))]
     with given.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Point._fields)

@@ -13,10 +13,10 @@ Differs from the released code: "full" and geometric draws, as in the paper; onl
 Limits: linear layers; one rank for all of them. s(b) weakens earlier ranks as b grows, so that an
     update of rank k > 1 is exact at b = r only, unless `scaling` is a number. Cost: as LoRA of r
     ranks, products of the first b only; as many evaluations as ranks.
-Status: properties tested; published figures not verified. Digits, tasks at once, 8 ranks, 3 seeds
-    (bench/ranks.py): .55 .81 .87 .88 at 1 2 4 8 ranks, a LoRA of 8 ranks cut .44 .53 .74 .91, LoRAs
-    trained at each .89 .91 .92 .92; "frozen" has learned too little by then, .59 to .64. Task by
-    task it forgets as sequential LoRA does.
+Status: properties tested; published figures not verified. Digits, tasks at once, 8 ranks, equal
+    updates, 3 seeds (bench/ranks.py): .55 .79 .85 .86 at 1 2 4 8 ranks, a LoRA of 8 ranks cut .44
+    .53 .74 .91, LoRAs trained at each .85 .85 .90 .91; "frozen" has learned too little by then, .57
+    to .61. Task by task it forgets as sequential LoRA does.
 """
 
 from __future__ import annotations
