@@ -444,3 +444,29 @@ def test_altlora_sparse_gradients_are_refused():
     toy.B[0].grad = toy.B[0].grad.to_sparse()
     with pytest.raises(RunError, match="got a sparse gradient of B"):
         toy.optimizer.step()
+
+
+def test_altlora_products_are_exact_whatever_the_run_allows_and_that_stays():
+    matmul = torch.backends.cuda.matmul
+    name, loose, exact = (
+        ("fp32_precision", "tf32", "ieee")
+        if hasattr(matmul, "fp32_precision")
+        else ("allow_tf32", True, False)
+    )
+    before, seen = getattr(matmul, name), []
+    toy = Toy(dtype=torch.float32, first="B")
+    whole = toy.optimizer._move
+    toy.optimizer._move = lambda *words: (
+        seen.append((getattr(matmul, name), torch.is_autocast_enabled("cpu"))),
+        whole(*words),
+    )
+    try:
+        setattr(matmul, name, loose)
+        toy.fill()
+        with torch.autocast("cpu"):
+            toy.optimizer.step()
+            assert torch.is_autocast_enabled("cpu")
+        assert getattr(matmul, name) == loose
+    finally:
+        setattr(matmul, name, before)
+    assert seen == [(exact, False)]

@@ -36,16 +36,29 @@ class Move(NamedTuple):
     norm: Tensor | None
 
 
+def _precisions() -> list[tuple[Any, str, Any]]:
+    """Return where torch keeps how exactly fp32 matrices are multiplied, and the exact value."""
+    places = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    found: list[tuple[Any, str, Any]] = [
+        (place, "fp32_precision", "ieee") for place in places if hasattr(place, "fp32_precision")
+    ]
+    # torch before 2.9 knows the older switch alone, and later ones refuse to have both used.
+    return found or [(torch.backends.cuda.matmul, "allow_tf32", False)]
+
+
 @contextmanager
 def exact(device: str) -> Iterator[None]:
     """Multiply fp32 matrices in fp32: neither in TF32 nor, inside autocast, in bf16."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    places = _precisions()
+    before = [getattr(place, name) for place, name, _ in places]
+    for place, name, value in places:
+        setattr(place, name, value)
     try:
         with torch.autocast(device, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for (place, name, _), value in zip(places, before, strict=True):
+            setattr(place, name, value)
 
 
 @register_update("altlora")
