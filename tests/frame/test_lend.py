@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 import polyrank as pr
-from polyrank.errors import ConfigError
+from polyrank.errors import ConfigError, InertError
 from polyrank.frame import KaimingZero, get, names
 from polyrank.frame.lend import lent
 from polyrank.frame.words import worded
@@ -79,6 +79,29 @@ def test_what_is_borrowed_trains_saves_and_loads_without_statistics(method, tmp_
     tiny.train(again, steps=1)
 
 
+def test_borrowed_rules_train_bit_for_bit_like_the_lender():
+    ends = []
+    for made in (pr.method("allora", r=2), pr.method("lora", r=2, scaling=1.0, optim_by="allora")):
+        tiny = case(made)
+        model = tiny.build()
+        with pytest.raises(InertError, match="did not run"):
+            plain_loop(tiny, tiny.build())
+        tiny.train(model, steps=3)
+        ends.append([view.delta() for view in adapter_of(model).layers])
+    for a, b in zip(*ends, strict=True):
+        assert torch.equal(a, b)
+        assert a.any()
+
+
+def plain_loop(tiny, model):
+    """Training by somebody who forgot the rules."""
+    optimizer = torch.optim.AdamW(pr.parameter_groups(model, lr=1e-2))
+    model.train()
+    for _ in range(3):
+        tiny.loss(model).backward()
+        optimizer.step()
+
+
 def test_with_a_start_that_is_not_zero_no_first_step_is_dead():
     """AltLoRA moves one factor a step; where B is zero, a step on A moves nothing."""
     moved = {}
@@ -101,8 +124,11 @@ REFUSED = [
     ("lora", {"init_by": "lora-ga:gamma=-1"}, "init_by: lora-ga: gamma: got -1, expected > 0"),
     ("lora", {"init_by": "lora-sb"}, "lora-sb has no start that stands alone"),
     ("lora", {"optim_by": "lora-ga"}, "lora-ga has no optimiser that stands alone"),
-    ("smora", {"init_by": "lora-ga"}, "smora has a core between A and B"),
-    ("lora-sb", {"init_by": "lora-ga"}, "lora-sb has a core between A and B"),
+    ("smora", {"init_by": "lora-ga"}, "smora has RankGate between them"),
+    ("lora-sb", {"init_by": "lora-ga"}, "lora-sb has Square between them"),
+    ("lora", {"optim_by": "allora"}, r"optim_by: allora: scaling: got s = 2, expected 1"),
+    ("lora", {"optim_by": "allora:form=output", "scaling": 1.0}, 'form "output" acts behind B'),
+    ("altlora", {"optim_by": "allora", "scaling": 1.0}, "altlora has its own optimiser"),
     ("lora-ga", {"init_by": "lora-ga"}, "lora-ga has its own start"),
     ("smora", {"optim_by": "altlora"}, "cannot lend its optimiser to smora"),
     ("lora-sb", {"optim_by": "altlora"}, "cannot lend its optimiser to lora-sb"),
@@ -137,4 +163,5 @@ def test_every_method_answers_every_other_in_words():
                     fits.add((cls.name, option, lender.name))
     assert {("lora", "init_by", "lora-ga"), ("lora", "optim_by", "altlora")} <= fits
     assert {("olora", "init_by", "lora-ga"), ("lora-ga", "optim_by", "altlora")} <= fits
+    assert {("altlora", "init_by", "lora-ga"), ("allora", "init_by", "lora-ga")} <= fits
     assert not any(lender in ("lora", "smora", "lora-sb", "lora-xs") for _, _, lender in fits)

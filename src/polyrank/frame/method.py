@@ -257,10 +257,12 @@ class Method(_Slots):
     def lends(self, what: str, to: Method) -> Iterator[str]:
         """Yield why another method cannot take this one's start ("init") or optimiser ("optim")."""
         word = {"init": "start", "optim": "optimiser"}[what]
+        probe = Site(path="", d_in=2 * to.r, d_out=2 * to.r, r=to.r, alpha=to.alpha)
         if what not in self.lendable:
             yield f"{self.name} has no {word} that stands alone"
-        elif type(to).core is not Method.core:
-            yield f"it holds for factors alone, and {to.name} has a core between A and B"
+        elif not isinstance(core := to.core(probe), Identity):
+            name = type(core).__name__
+            yield f"it holds for factors alone, and {to.name} has {name} between them"
         elif to.decides(what):
             yield f"{to.name} has its own {word}"
 

@@ -48,6 +48,7 @@ class ALLoRA(Method):
     form: str = "rows"
     allow_dropout: bool = False
 
+    lendable: ClassVar[frozenset[str]] = frozenset({"optim"})
     choices: ClassVar = {
         "apply_to": ("gradient", "update"),
         "form": ("rows", "output", "forward"),
@@ -96,6 +97,12 @@ class ALLoRA(Method):
             return []
         update = self.apply_to == "update"
         return [ScaledStep(self.eta2) if update else ScaledGradient(self.eta2)]
+
+    def lends(self, what: str, to: Method) -> Iterator[str]:
+        """Say that an ablation is a core, which cannot be lent."""
+        yield from super().lends(what, to)
+        if what == "optim" and self.form != "rows":
+            yield f'form "{self.form}" acts behind B and not at an update; lend form "rows"'
 
     def vital_sign(self, adapter: Adapter) -> dict[str, float]:
         """Return how far a has come down from η on average, as a share, beside the size of B."""
