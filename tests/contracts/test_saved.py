@@ -27,6 +27,7 @@ from polyrank.layers import (
     append,
     compact,
     grow_head,
+    initialise,
     keep,
     replica,
 )
@@ -229,6 +230,25 @@ def head():
     return smora, model
 
 
+def grown():
+    """A start from data, in a bank, and another one behind it."""
+    toy = case("olora", r=1, init_by="lora-ga")
+    model = trained(toy)
+    append(model)
+    initialise(model, [toy.tiny.inputs(5)], key="next")
+    toy.train(model)
+    return toy, model
+
+
+def squared():
+    """Square cores, one of them of fewer ranks."""
+    toy = case("lora-sb", r=3, rows=4)
+    model = trained(toy)
+    keep(model, layers_of(model)[0], torch.tensor([2, 0]))
+    toy.train(model)
+    return toy, model
+
+
 def block():
     toy = case("sided", first=1)
     model = trained(toy)
@@ -239,7 +259,7 @@ def block():
 
 def test_a_fresh_process_rebuilds_every_shape_from_the_config(tmp_path, toys):
     wanted = []
-    for make in (bank, compacted, pruned, shadow, head, block):
+    for make in (bank, compacted, pruned, shadow, grown, squared, head, block):
         toy, model = make()
         folder = tmp_path / "saved" / f"{make.__name__}-{toy.tiny.name}"
         model.save_pretrained(folder)
@@ -262,7 +282,7 @@ def test_a_fresh_process_rebuilds_every_shape_from_the_config(tmp_path, toys):
 
 @pytest.mark.parametrize("low", [False, True], ids=["filled", "meta"])
 def test_structure_loads_from_the_config_here_too(low, tmp_path):
-    for make in (bank, pruned, shadow):
+    for make in (bank, pruned, shadow, grown, squared):
         toy, model = make()
         folder = tmp_path / make.__name__
         model.save_pretrained(folder)

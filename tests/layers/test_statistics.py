@@ -11,6 +11,7 @@ import polyrank as pr
 from polyrank.errors import ConfigError, InertError
 from polyrank.frame import Init
 from polyrank.layers import AdaptedLinear, adapter_of, gather, hook_of, redraw, statistics
+from polyrank.parts.starts import GradientStart
 from polyrank.testing import MODELS, assert_close
 
 FAMILIES = ["llama", "gpt2", "t5", "bert", "clip"]
@@ -331,6 +332,29 @@ def test_a_trainer_and_a_loop_of_ones_own_are_stopped_too(tmp_path):
     arguments = TrainingArguments(output_dir=tmp_path, use_cpu=True, report_to=[], max_steps=1)
     with pytest.raises(InertError, match="nobody gathered"):
         pr.Trainer(model, arguments, train_dataset=rows).train()
+
+
+def test_a_start_that_fails_half_way_does_not_train(monkeypatch):
+    tiny, model = adapted("llama")
+    views = adapter_of(model).layers
+    real, calls = GradientStart.fill, []
+
+    def failing(self, layer, stat, rng):
+        calls.append(layer)
+        if layer is views[3]:
+            raise ValueError("no decomposition today")
+        real(self, layer, stat, rng)
+
+    monkeypatch.setattr(GradientStart, "fill", failing)
+    with pytest.raises(ValueError, match="no decomposition"):
+        pr.initialise(model, batches_of(tiny, 1))
+    monkeypatch.setattr(GradientStart, "fill", real)
+    assert len(calls) == len(views) - 3
+    model.train()
+    with pytest.raises(InertError, match="nobody gathered"):
+        model(**tiny.inputs(0))
+    pr.initialise(model, batches_of(tiny, 1))
+    model(**tiny.inputs(0))
 
 
 def test_a_start_is_made_once_and_before_the_optimiser():

@@ -61,8 +61,9 @@ def initialise(
         stats = gather(
             model, batches, loss, start, adapter=found.name, draw=(chosen, found.name, key)
         )
-    for view in found.layers:
-        # One layer after the other, and what it was made of goes at once.
+    for view in reversed(found.layers):
+        # What a layer was made of goes at once. The first one is watched, and so is written last: a
+        # start that fails half-way does not train.
         stat = stats.pop(view.site.path)
         if "weight" in start.wants:
             stat["weight"] = view.weight()
