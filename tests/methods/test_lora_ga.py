@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import nn
 
 import polyrank as pr
-from polyrank.errors import ConfigError, MergeError
+from polyrank.errors import CheckpointError, ConfigError, MergeError
 from polyrank.frame import keyed
 from polyrank.layers import absorb, adapter_of, append, redraw, saved_of
 from polyrank.parts.decompose import leading
@@ -249,6 +250,18 @@ def test_ga_8_the_export_is_plain_lora_of_twice_the_rank_on_the_original_base(sc
         assert A.shape[0] == 6
         size = (B[:, :3] @ A[:3]).abs().max()
         assert float((B @ A).abs().max()) <= 1e-6 * size
+
+
+def test_ga_8_without_its_shadow_it_is_neither_exported_nor_loaded(tmp_path):
+    model = trained(start())
+    saved = saved_of(model)
+    saved.tensors = {k: t for k, t in saved.tensors.items() if "shadow" not in k}
+    with pytest.raises(CheckpointError, match=r"(up|down) lacks the factors that its start subtr"):
+        plain_lora(saved)
+    model.save_pretrained(tmp_path)
+    save_file(saved.tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="polyrank_shadow"):
+        PeftModel.from_pretrained(Net(), str(tmp_path))
 
 
 def test_ga_8_saved_and_loaded_on_the_pristine_base_it_answers_as_trained(tmp_path):

@@ -198,7 +198,13 @@ def _factors(
             # Ranks that were drawn anew after the last task, and have not learnt anything yet.
             keep &= (B != 0).any(dim=0)
         A, B = A[keep], B[:, keep]
-    if shadow := _below(parts, "polyrank_shadow"):
+    shadow = _below(parts, "polyrank_shadow")
+    if not shadow and (config.get("sites") or {}).get(path, {}).get("shadow"):
+        raise CheckpointError(
+            f"export: {path} lacks the factors that its start subtracts (polyrank_shadow), without "
+            "which the update is another one; save the adapter again"
+        )
+    if shadow:
         A = torch.cat([A, _left(shadow.get("delta"), wide(shadow["A"]))])
         B = torch.cat([B, -scale * wide(shadow["B"])], dim=1)
     return A.clone(), B.clone()
