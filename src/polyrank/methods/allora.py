@@ -14,6 +14,7 @@ Limits: under Adam a frozen a would leave B's path as it is, as each entry's sca
     optimiser's step of B. Needs polyrank's trainer or attach. Cost: two Gram products a layer and
     update; r d_out multiplications a token in backward. Form "forward" cannot be merged.
 Status: gradients and ablations tested; published figures not verified, and their gains are small.
+    On digits (recipe, rates not tuned, 3 seeds) accuracy is .31, that of LoRA with s = 2 as well.
 """
 
 from __future__ import annotations

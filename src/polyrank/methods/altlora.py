@@ -14,7 +14,8 @@ Differs from the released code: there both factors move in every step (`joint=Tr
 Limits: identity or constant diagonal cores. The step of W does not depend on how B A is factored;
     λ, AltLoRA+ and clipping by the norm of gradients break that, `clip` does not. Cost: state of
     one momentum (two with `plus`), one r × r Cholesky a layer and step, no more memory in forward.
-Status: laws, invariance and the released form tested; published figures not verified.
+Status: laws, invariance and the released form tested; published figures not verified. On digits
+    (recipe, rates not tuned, 3 seeds) accuracy is .32, of AltLoRA+ .29, of AdamW's LoRA .31.
 """
 
 from __future__ import annotations
@@ -102,9 +103,10 @@ class AltLoRA(Method):
         options = {name: getattr(self, name) for name in OPTIONS}
         pairs = replace(pair_group(adapter, options), lr=self.factor_lr)
         held = {id(p) for p in pairs.params}
-        owner = getattr(adapter, "method", self)
-        own = isinstance(owner, AltLoRA)
-        others = super().groups(adapter, args) if own else owner.groups(adapter, args)
+        owner: Any = getattr(adapter, "method", self)
+        others = (Method if isinstance(owner, AltLoRA) else type(owner)).groups(
+            owner, adapter, args
+        )
         for group in others:
             group.params[:] = [p for p in group.params if id(p) not in held]
         return [group for group in (pairs, *others) if group.params]
