@@ -103,10 +103,8 @@ class AltLoRA(Method):
         options = {name: getattr(self, name) for name in OPTIONS}
         pairs = replace(pair_group(adapter, options), lr=self.factor_lr)
         held = {id(p) for p in pairs.params}
-        owner: Any = getattr(adapter, "method", self)
-        others = (Method if isinstance(owner, AltLoRA) else type(owner)).groups(
-            owner, adapter, args
-        )
+        own: Any = getattr(adapter, "method", self)
+        others = (Method if isinstance(own, AltLoRA) else type(own)).groups(own, adapter, args)
         for group in others:
             group.params[:] = [p for p in group.params if id(p) not in held]
         return [group for group in (pairs, *others) if group.params]
