@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from polyrank.cli import (
+    bench,
     compare,
     doctor,
     export,
@@ -55,7 +56,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for module in (run, resume, sweep, methods, streams, report, compare, export, new_method, doctor):
+COMMANDS = (
+    run, resume, sweep, methods, streams, report, compare, export, bench, new_method, doctor
+)  # fmt: skip
+for module in COMMANDS:
     word = module.__name__.rpartition(".")[2].replace("_", "-")
     app.command(word, help=module.HELP)(module.command)
 
