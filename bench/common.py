@@ -153,7 +153,7 @@ def save(path, rows):
     about = origin()
     aside = Path(path).with_suffix(".part")
     with aside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about])
+        writer = csv.DictWriter(file, [*rows[0], *about], lineterminator="\n")
         writer.writeheader()
         writer.writerows([row | about for row in rows])
     aside.replace(path)

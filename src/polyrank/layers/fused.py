@@ -87,7 +87,7 @@ def _view(layer: AdaptedLinear, x: Tensor) -> View | None:
         return None
     names = layer.active_adapters
     view = layer.views.get(names[0]) if len(names) == 1 else None
-    if view is None or not owned(x, view.A.shape[0]):
+    if view is None or not owned(x, view.A.shape[0], view.core.epilogue):
         return None
     W, b, core = base.weight, base.bias, view.core
     fits = W.dtype == x.dtype and W.device == x.device and not W.requires_grad

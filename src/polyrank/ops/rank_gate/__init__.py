@@ -62,32 +62,37 @@ def rank_gate(
             identity, 0-d, (w,) or (w, w). It sees x without dropout, as a part of the base would.
         row_scale: (d_out,) multiplies dL/dy on its way to A, B, rows and a static gate, not to x.
         dropout: Probability in [0, 1) of zeroing an element of x, the same for A and rows.
-        seed: 64-bit key of the dropout mask; as a 0-d int64 tensor it spares recompilations.
+        seed: 64-bit key of the mask; a 0-d int64 tensor spares recompilations.
         mask: (…,) bool, real tokens; restricts what is counted, nothing else.
         count: Whether to count (linear router only).
-        inplace: Whether y may be overwritten, where that saves a copy of it: nobody else reads it,
-            and what made it does not need it for backward (so it is with torch.nn.Linear).
+        inplace: Whether y may be overwritten, as nobody else and no backward reads it (so it is
+            with torch.nn.Linear), where that saves a copy.
 
     Returns:
         The sum, and how many tokens selected each rank, (r,) int64, or None if nothing was counted.
 
     Raises:
         ConfigError: Shapes, dtypes, ranges that do not fit; a `POLYRANK_OPS` that cannot be served.
-        NonFiniteError: Router logits that are not finite; on a GPU the backward of a training step
-            raises it, and a compiled graph gives NaN instead.
+        NonFiniteError: Router logits that are not finite; on a GPU a backward raises it, by
+            kernels also that of a later step; a compiled graph gives NaN instead.
     """
     if found := _problems(y, x, A, rows, B, epilogue, live_from, shadow, row_scale, dropout, mask):
         raise ConfigError(found)
     inputs = (y, x, A, rows, B, epilogue, scale, live_from, shadow, row_scale, dropout, seed, mask)
-    path = _path(x, A.shape[0], shadow)
+    return _by(_path(x, A.shape[0], epilogue.kind, shadow), inputs, count, inplace)
+
+
+def _by(
+    path: str, inputs: tuple[Any, ...], count: bool, inplace: bool
+) -> tuple[Tensor, Tensor | None]:
     if path == "triton":
         from polyrank.ops.rank_gate import triton
 
-        given = (*inputs[:8], *inputs[9:])
-        return triton.rank_gate(*given, count=count, inplace=inplace)
+        without_shadow = (*inputs[:8], *inputs[9:])
+        return triton.rank_gate(*without_shadow, count=count, inplace=inplace)
     if path == "eager":
         return eager.rank_gate(*inputs, count=count, inplace=inplace)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(inputs[1].device.type, enabled=False):
         return naive.rank_gate(*inputs, count=count)
 
 
@@ -112,14 +117,14 @@ def linears(
     return triton.linears(x, projections, dropout, seed, mask)
 
 
-def _path(x: Tensor, r: int, shadow: Any) -> str:
+def _path(x: Tensor, r: int, kind: str, shadow: Any) -> str:
     """The path that `POLYRANK_OPS` asks for; with auto kernels where they gain."""
     path = os.environ.get("POLYRANK_OPS", "auto")
     if path not in _PATHS:
         guess = nearest(path, _PATHS) or " unset it"
         raise ConfigError(f"POLYRANK_OPS: got {path!r}, expected one of {_PATHS};{guess}")
     if path == "auto":
-        path = "triton" if shadow is None and gains(x, r) else "eager"
+        path = "triton" if shadow is None and x.numel() and gains(x, r, kind) else "eager"
     if path != "triton":
         return path
     if not INSTALLED:

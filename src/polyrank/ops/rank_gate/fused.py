@@ -60,14 +60,11 @@ def _output(
     x: Tensor, flat_x: Tensor, q: At, B: Tensor | At, found: Given, part: Part, call: Call
 ) -> Tensor:
     base, bias = found[:2]
-    if call.owned and part.folds:
+    if call.owned:
         # The product that adds reads the update while it computes; a pass of its own costs more.
         out = x.new_empty(flat_x.shape[0], part.n)
         part.write(out, out, q, B, out if bias is None else bias)
         accumulate(out, flat_x, base.t())
-    elif call.owned:
-        out = torch.nn.functional.linear(flat_x, base, bias)
-        part.write(out, out, q, B, out)
     else:
         y = flat(base)
         out = y if call.inplace else torch.empty_like(y, memory_format=torch.contiguous_format)

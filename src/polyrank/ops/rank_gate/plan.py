@@ -66,7 +66,6 @@ class Part:
         whole: whether it is the only member.
         silent: ranks without a column of B.
         wide: dtype of h.
-        folds: whether the base product adds onto the update.
     """
 
     def __init__(self, plan: "Plan", i: int, start: int, found: Given, biased: bool) -> None:
@@ -80,7 +79,6 @@ class Part:
         self.A_dtype, self.B_dtype = A.dtype, B.dtype
         self.rows_dtype = None if rows is None else rows.dtype
         self.tiles = launch.token_tiles(plan.T, self.n, self.r, plan.dtype.itemsize)
-        self.folds = plan.call.owned and plan.T > 64
         self._lay_out()
         self._inner: dict[tuple[int, int], Launch] = {}
         self._values: dict[tuple[int, bool], Launch] = {}
@@ -120,12 +118,11 @@ class Part:
             keep=call.keep, counts=m.counts and call.packs, bias=self.biased, mask=plan.mask,
             dropout=call.dropout, seeded=plan.seeded, packed=call.packs,
         )  # fmt: skip
-        added = not self.folds
         row = self.n if base is None or call.owned else _row(base)
         out = row if call.inplace else self.n
         self.write = launch.write(
             plan.T, self.n, self.r_B, (out, row, self.r, 1, strides[2]), m.scale, plan.dtype,
-            add=added, bias=self.folds and bias is not None,
+            add=not call.owned, bias=call.owned and bias is not None,
         )  # fmt: skip
 
     def inner(self, sy: int, sd: int) -> Launch:

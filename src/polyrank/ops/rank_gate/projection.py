@@ -10,6 +10,9 @@ from torch import Tensor
 from polyrank.ops.rank_gate.epilogue import Epilogue
 
 SIXTEEN = (torch.bfloat16, torch.float16)
+# What one tile holds, and what was timed.
+MOST_RANKS, TIMED_RANKS = 256, 64
+TIMED_KINDS = ("none", "linear")
 INSTALLED = find_spec("triton") is not None
 _CAPABLE: dict[int, bool] = {}
 
@@ -41,16 +44,22 @@ def _capable(device: int) -> bool:
     return _CAPABLE[device]
 
 
-def gains(x: Tensor, r: int) -> bool:
-    """Whether kernels are the faster path, by `bench/results/rank_gate.csv`."""
+def gains(x: Tensor, r: int, kind: str) -> bool:
+    """Whether kernels are the faster path, by `bench/results/rank_gate.csv`.
+
+    The table has r = 64 in bf16, without a gate and with a linear router; it beats the eager path
+    at every size there, by the device's time and, where that is short, by the host's.
+    """
     if not x.is_cuda or x.dtype not in SIXTEEN or not INSTALLED or torch.version.hip:
         return False
-    return r <= 256 and x.shape[-1] >= 256 and _capable(x.device.index)
+    if r > TIMED_RANKS or kind not in TIMED_KINDS or x.shape[-1] < 256:
+        return False
+    return _capable(x.device.index)
 
 
-def owned(x: Tensor, r: int) -> bool:
+def owned(x: Tensor, r: int, kind: str) -> bool:
     """Whether `linears` is to be asked for, given what `POLYRANK_OPS` says."""
     path = os.environ.get("POLYRANK_OPS", "auto")
-    if not x.numel() or r > 256:
+    if not x.numel() or r > MOST_RANKS:
         return False
-    return gains(x, r) if path == "auto" else path == "triton" and x.dtype != torch.float64
+    return gains(x, r, kind) if path == "auto" else path == "triton" and x.dtype != torch.float64

@@ -29,8 +29,8 @@ def read(tokens: int, d: int, columns: int, itemsize: int) -> Tile:
     """For a pass over (tokens, d) that makes `columns` narrow columns of it."""
     if tokens <= 256:
         # Few tiles of tokens: their sums are split, so that enough programs read the factors.
-        split = max(1, min(8, d // 256, 2048 // max(tokens, 16)))
-        return Tile(16, 128 if itemsize < 4 else 32, split, 4, 2)
+        split = max(1, min(16, d // 128, 2048 // max(tokens, 16)))
+        return Tile(16, 64 if itemsize < 4 else 32, split, 4, 2)
     if itemsize == 4 or columns > 256:
         return Tile(32, 32, 1, 4, 2)
     split = max(1, min(8, 128 // -(-tokens // 64), d // 256))

@@ -17,10 +17,9 @@ from polyrank.ops.philox import Word
 from polyrank.ops.rank_gate import eager, fused, launch
 from polyrank.ops.rank_gate.epilogue import Epilogue
 from polyrank.ops.rank_gate.plan import WIDTH, Call
-from polyrank.ops.rank_gate.projection import Projection
+from polyrank.ops.rank_gate.projection import MOST_RANKS, Projection
 from polyrank.ops.rank_gate.selection import MESSAGE, NonFiniteError
 
-MOST_RANKS = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
