@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import polyrank as pr
 from polyrank.layers import fused
@@ -34,14 +35,17 @@ def calls(monkeypatch):
 
     def linears(x, projections, dropout=0.0, seed=0, mask=None):
         found.append(len(projections))
-        pairs = [
-            naive.rank_gate(
+
+        def one(p, count):
+            return naive.rank_gate(
                 F.linear(x, p.W, p.b), x, p.A, p.rows, p.B, p.epilogue, p.scale, p.live_from,
-                None, p.row_scale, dropout, seed, mask, count=p.counts,
-            )
-            for p in projections
-        ]  # fmt: skip
-        return [y for y, _ in pairs], [counts for _, counts in pairs]
+                None, p.row_scale, dropout, seed, mask, count=count,
+            )  # fmt: skip
+
+        # As in the operator, counting saves nothing for backward.
+        with torch.no_grad():
+            counts = [one(p, p.counts)[1] for p in projections]
+        return [one(p, False)[0] for p in projections], counts
 
     monkeypatch.setattr(fused, "linears", linears)
     monkeypatch.setattr(fused, "owned", lambda x, r, kind: True)
@@ -157,6 +161,21 @@ def test_what_cannot_be_fused_goes_the_ordinary_way(calls, change):
     assert sum(served) == expected
     if change == "dropout":
         assert served == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_segment_recomputes_what_it_computed(calls, reentrant):
+    model = filled(adapted())
+    block = model.get_base_model()
+    x = torch.randn(3, 6, requires_grad=True)
+    expected, grads = step(model, x)
+    whole = block.forward
+    block.forward = lambda x: checkpoint(whole, x, use_reentrant=reentrant)
+    for _ in range(3):
+        out, found = step(model, x)
+        assert_close(out, expected)
+        for key, grad in grads.items():
+            assert_close(found[key], grad)
 
 
 def test_a_copy_shares_nothing_with_the_original(calls):

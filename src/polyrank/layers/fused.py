@@ -63,7 +63,7 @@ def through(layer: AdaptedLinear, x: Tensor, flow: Flow) -> Tensor | None:
         return None
     core = view.core
     dropout = view.method.dropout if core.training else 0.0
-    alone = bool(dropout) or torch.compiler.is_compiling()
+    alone = bool(dropout) or torch.compiler.is_compiling() or _packed()
     followers = [] if alone else _ready(layer, x, view)
     views = [view, *followers]
     mask = flow.tokens(view.site.masks, x.shape[:-1])
@@ -110,6 +110,15 @@ def _heard(base: nn.Module) -> bool:
         or base._backward_hooks
         or base._backward_pre_hooks
     )
+
+
+def _packed() -> bool:
+    """Whether hooks take what is saved for backward, as in a checkpointed segment.
+
+    Its recompute must save the same tensors, and so must not share what its forward did not.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return torch.is_grad_enabled() and (top is None or top(False) is not None)
 
 
 def _projection(view: View, flow: Flow) -> Projection:
