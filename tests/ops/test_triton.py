@@ -115,16 +115,20 @@ def test_ties_go_to_the_lower_rank(make, score):
     assert counts.tolist() == [9] * 5 + [0] * 7
 
 
+def step(case):
+    out, _ = case.call(rank_gate)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    out.sum().backward()
+
+
 def test_logits_that_are_not_finite(make):
     case = make("sigmoid", dtype=torch.float32, device=DEVICE, lead=(5,))
     x = case.x.detach().clone()
     x[2, 0] = float("nan")
     bad = case.with_(x=x.requires_grad_())
     with pytest.raises(NonFiniteError, match="some tokens"):
-        out, _ = bad.call(rank_gate)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        out.sum().backward()
+        step(bad)
     case.run(rank_gate)
 
 

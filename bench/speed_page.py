@@ -1,0 +1,198 @@
+"""Makes docs/speed.md and docs/images/speed.png out of the tables in bench/results.
+
+python bench/speed_page.py
+"""
+
+import csv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+NAMES = {
+    "base": "frozen layer", "peft bf16": "PEFT LoRA, bf16 adapters",
+    "peft fp32": "PEFT LoRA, its default (fp32 adapters)", "naive mixture": "mixture, naive torch",
+    "smora eager": "`smora`, without kernels", "lora eager": "`lora`, without kernels",
+    "smora": "`smora`", "lora": "`lora`",
+}  # fmt: skip
+# Milliseconds of the device, counted from bytes at 3.0 TB/s (a copy, measured) for the main case.
+FLOOR_TB = 3.0
+
+
+def table(name):
+    """Rows of a table in bench/results."""
+    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def origin(row):
+    """Where a row came from, in a sentence."""
+    versions = f"torch {row['torch']}, Triton {row['triton']}, PEFT {row['peft']}"
+    return f"{row['device']}, {versions}, {row['date']}; `{row['command']}`"
+
+
+def markdown(head, rows):
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def layers():
+    """The section of single layers."""
+    rows = table("rank_gate")
+    found = []
+    for row in rows:
+        if row["system"] == "base":
+            size = f"{row['tokens']} tokens, {row['d_in']} → {row['d_out']}"
+            found.append((f"**{size}**", "", "", "", "", ""))
+        device = row["device_extra_us"]
+        found.append((
+            NAMES[row["system"]], row["step_us"], row["extra_us"], row["extra_over_peft"],
+            "–" if device == "nan" else f"{device} ({row['device_extra_over_peft']})",
+            row["peak_extra_mib"],
+        ))  # fmt: skip
+    head = ("system", "step, µs", "over the frozen layer, µs", "of PEFT's",
+            "device alone, µs (of PEFT's)", "peak memory, MiB")  # fmt: skip
+    return f"{markdown(head, found)}\n\n{origin(rows[0])}"
+
+
+def steps():
+    """The section of whole training steps."""
+    rows = table("model_step")
+    found = [
+        (NAMES[r["system"]].replace("layer", "model"), r["ms"], r["over_peft_bf16"],
+         r["over_peft_fp32"], r["peak_mib"])
+        for r in rows
+    ]  # fmt: skip
+    head = ("system", "ms a step", "of PEFT, bf16", "of PEFT's default", "peak memory, MiB")
+    return f"{markdown(head, found)}\n\n{origin(rows[0])}"
+
+
+def decoding():
+    """The section of few tokens."""
+    rows = table("decode")
+    found = [
+        (r["case"], r["mode"], NAMES[r["system"]].replace("layer", "model"), r["us"],
+         r["extra_us"] or "–", r["extra_over_peft"])
+        for r in rows
+    ]  # fmt: skip
+    head = ("case", "mode", "system", "µs a forward", "over the base, µs", "of PEFT's")
+    return f"{markdown(head, found)}\n\n{origin(rows[0])}; commits in `bench/results/decode.csv`"
+
+
+def kernels():
+    """The section of single kernels, beside torch's products and their bytes."""
+    rows = table("rank_gate_tiles")
+    best: dict = {}
+    for row in rows:
+        kept = best.get(row["kernel"])
+        if kept is None or float(row["us"]) < float(kept["us"]):
+            best[row["kernel"]] = row
+    # MiB-free counts of the main case: x, y, dx, dy are 67.1 MB each, factors 0.5 MB a piece.
+    passes = {
+        "read-router": ("[h, z] = x [A; rows]ᵀ, gates", 72.4, "torch read"),
+        "read-plain": ("h = x Aᵀ", 68.7, "torch read"),
+        "write-y": ("s q Bᵀ, for the base product to add onto", 68.7, "torch write-y"),
+        "add-y": ("y += s q Bᵀ", 135.8, "torch add-y"),
+        "inner-router": ("u = dy B, through the gates", 72.9, "torch inner"),
+        "inner-plain": ("u = dy B", 68.7, "torch inner"),
+        "outer-B": ("dB = s dyᵀ q", 69.2, "torch outer-B"),
+        "outer-AW": ("d[A; rows] = [dh, dz]ᵀ x", 71.3, "torch outer-AW"),
+        "write-dx": ("[dh, dz] [A; rows], for the base product", 70.3, "torch write-dx"),
+        "add-dx": ("dx += [dh, dz] [A; rows]", 137.4, "torch add-dx"),
+        "torch base": ("x Wᵀ", None, ""),
+        "torch base, beta=1": ("x Wᵀ added onto the update", None, ""),
+        "torch dx base": ("dy W", None, ""),
+        "torch dx base, beta=1": ("dy W added onto the gradient", None, ""),
+    }
+    found = []
+    for name, (what, megabytes, other) in passes.items():
+        floor = "–" if megabytes is None else round(megabytes / FLOOR_TB, 1)
+        beside = f"{float(best[other]['us']):.1f}" if other else "–"
+        found.append((what, f"{float(best[name]['us']):.1f}", best[name]["tile"] or "torch",
+                      beside, floor))  # fmt: skip
+    head = ("pass", "µs", "tile", "torch's product, µs", "its bytes at 3.0 TB/s, µs")
+    about = rows[0]
+    return f"{markdown(head, found)}\n\n{about['device']}, {about['date']}; `{about['command']}`"
+
+
+TEXT = """<!-- Made by bench/speed_page.py from bench/results; do not edit. -->
+# Speed on a GPU
+
+What an adapter costs on top of the frozen model, beside PEFT's LoRA of the same rank (64; `smora`
+has 8 active ranks), in bf16 with fp32 master weights unless said otherwise. One run each.
+
+![A layer and a whole training step beside PEFT](images/speed.png)
+
+## One layer, forward and backward
+
+*Step* and *over the frozen layer* are as called from Python. On this machine the host took 0.7 ms
+for PEFT's step of one layer and about 1.1 ms for ours, so that sizes which the device finishes
+sooner show the host. *Device alone* replays the same work as a CUDA graph, one system after the
+other.
+
+{layers}
+
+## A whole training step
+
+1.2 B parameters in Llama's shape, 8 × 1024 tokens, all seven projections of a block adapted, AdamW.
+
+{steps}
+
+## Few tokens
+
+A forward of the same model with the adapter unmerged, and 64 adapters in one batch (4 layers).
+
+{decoding}
+
+## Kernels
+
+8192 tokens, 4096 → 4096, r = 64: every pass at its fastest tile, beside the same product in torch.
+Nothing is accumulated onto y and dx any more: the base product adds onto the update, which costs it
+9 µs forward and nothing backward. *Base product apart*, above, is a form that was given up.
+
+{kernels}
+"""
+
+
+def page():
+    """The text of docs/speed.md."""
+    return TEXT.format(layers=layers(), steps=steps(), decoding=decoding(), kernels=kernels())
+
+
+def picture(path):
+    """Draw what adapters add to a layer and to a step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    shown = ("peft bf16", "naive mixture", "smora", "lora")
+    rows = [r for r in table("rank_gate") if r["system"] in shown]
+    cases = list(dict.fromkeys(r["case"] for r in rows))
+    for i, system in enumerate(shown):
+        values = [float(r["device_extra_us"]) for r in rows if r["system"] == system]
+        places = [n + 0.2 * (i - 1.5) for n in range(len(cases))]
+        left.bar(places, values, 0.18, label=NAMES[system].replace("`", ""))
+    sizes = {r["case"]: f"{r['tokens']} × {r['d_in']}\n→ {r['d_out']}" for r in rows}
+    left.set_xticks(range(len(cases)), [sizes[case] for case in cases], fontsize=8)
+    left.set(ylabel="µs over the frozen layer", title="one layer, device alone")
+    left.legend(frameon=False, fontsize=8)
+    found = table("model_step")
+    names = [NAMES[r["system"]].replace("`", "").replace("layer", "model") for r in found]
+    right.barh(names[::-1], [float(r["ms"]) for r in found][::-1], color="C2")
+    right.set(xlabel="ms", title="a training step, 1.2 B, as called")
+    right.tick_params(axis="y", labelsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    """Write the page and its picture."""
+    (ROOT / "docs" / "speed.md").write_text(page(), encoding="utf-8")
+    picture(ROOT / "docs" / "images" / "speed.png")
+
+
+if __name__ == "__main__":
+    main()
