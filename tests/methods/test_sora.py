@@ -325,13 +325,22 @@ def test_an_update_that_a_loss_scaler_skips_shrinks_nothing():
     attachment.detach()
 
 
-def test_a_threshold_by_rate_knows_the_peak_of_a_schedule_that_warms_up():
+@pytest.mark.parametrize("kind", ["lambda", "one-cycle"])
+def test_a_threshold_by_rate_knows_the_peak_of_a_schedule_that_warms_up(kind):
     model = adapted(xi=0.1, xi_scale="rate")
     made = pr.optimizer(model, lr=0.5)
-    rates = torch.optim.lr_scheduler.LambdaLR(made, lambda index: (0.25, 1.0, 0.5)[index])
+    if kind == "lambda":
+        rates = torch.optim.lr_scheduler.LambdaLR(made, lambda index: (0.25, 1.0, 0.5)[index])
+        shares = (0.25, 1.0, 0.5)
+    else:
+        # From a quarter of the highest rate up to it in one step, then half-way down to 0.
+        options = {"div_factor": 4.0, "pct_start": 0.5, "anneal_strategy": "linear"}
+        options |= {"total_steps": 4, "final_div_factor": 1e12}
+        rates = torch.optim.lr_scheduler.OneCycleLR(made, 0.5, **options)
+        shares = (0.25, 1.0, 0.5)
     attachment = pr.attach(made, model)
     expected = flat(model)
-    for share in (0.25, 1.0, 0.5):
+    for share in shares:
         loss_of(model).backward()
         for gate in gates(model):
             gate.grad = None

@@ -13,6 +13,7 @@ from polyrank.errors import CheckpointError, ConfigError
 from polyrank.frame import Group
 from polyrank.parts import optimizer as module
 from polyrank.parts.optimizer import GroupedOptimizer, build_optimizer, register_update
+from polyrank.parts.sparsify import AdamGate
 
 
 @pytest.fixture
@@ -109,6 +110,58 @@ def test_later_groups_are_served_and_get_their_defaults(pair):
     assert torch.equal(late.detach(), torch.full((2,), 0.5))
     with pytest.raises(ConfigError, match="build it anew"):
         made.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 1, "update": "other"})
+
+
+def test_a_later_group_keeps_the_defaults_of_its_own_update(pair):
+    made = build_optimizer(groups(pair), AdamW, {"weight_decay": 0.3})
+    made.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.5, "update": "sgd"})
+    late = made.param_groups[-1]
+    assert (late["weight_decay"], late["momentum"]) == (0, 0)
+    before = len(made.param_groups)
+    with pytest.raises(ConfigError, match="build it anew"):
+        made.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 1, "update": "other"})
+    assert len(made.param_groups) == before
+
+
+def test_schedulers_that_look_at_the_defaults_are_served(pair):
+    other = twin(pair)
+    mine = [{"params": [p], "lr": 0.1, "update": u} for p, u in zip(pair, ("adamw", "adam-gate"))]
+    made = build_optimizer(mine, AdamW, {})
+    alone = [AdamW([other[0]], lr=0.1), AdamGate([{"params": [other[1]], "lr": 0.1}])]
+    cycles = [torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9) for o in (made, *alone)]
+    betas = []
+    for index in range(8):
+        grads(pair, index)
+        grads(other, index)
+        for one in (made, *alone):
+            one.step()
+        for cycle in cycles:
+            cycle.step()
+        betas.append(made.param_groups[0]["betas"][0])
+    assert all(torch.equal(a, b) for a, b in zip(pair, other, strict=True))
+    # Its default is to turn momentum against the rate.
+    assert min(betas) < 0.86 < max(betas)
+
+
+def test_a_scheduler_that_turns_what_some_group_lacks_is_refused_by_its_own_words(pair):
+    made = build_optimizer(groups(pair), AdamW, {})
+    with pytest.raises(ValueError, match="momentum"):
+        torch.optim.lr_scheduler.OneCycleLR(made, 0.1, total_steps=9)
+    calm = torch.optim.lr_scheduler.OneCycleLR(made, 0.1, total_steps=9, cycle_momentum=False)
+    grads(pair, 0)
+    made.step()
+    calm.step()
+    assert made.param_groups[0]["lr"] < 0.1
+
+
+def test_a_scheduler_that_watches_a_score_halves_all_groups(pair):
+    made = build_optimizer(groups(pair), AdamW, {})
+    watch = torch.optim.lr_scheduler.ReduceLROnPlateau(made, factor=0.5, patience=0)
+    for _ in range(2):
+        grads(pair, 0)
+        made.step()
+        watch.step(1.0)
+    assert [group["lr"] for group in made.param_groups] == [0.05, 0.025]
 
 
 def test_a_checkpoint_must_agree_on_what_an_update_calls_fixed(pair, monkeypatch):

@@ -166,7 +166,8 @@ def test_a_level_belongs_to_its_stage_and_stays_past_the_last():
     assert levels(step("train")) == 0.1
     rated = Levels(schedule="none", first=0.2, last=0.0, stages=7, scale="rate")
     assert_close(rated(step(lr=0.05, peak=0.1)), 0.1)
-    assert rated(step(lr=0.0, peak=0.0)) == 0.2
+    # Nothing moves without a rate, so nothing shrinks.
+    assert rated(step(lr=0.0, peak=0.0)) == 0.0
 
 
 @pytest.mark.parametrize(

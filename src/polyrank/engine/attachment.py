@@ -114,8 +114,9 @@ class Attachment:
         """Return where the current update stands."""
         group = self.optimizer.param_groups[0]
         lr = float(group["lr"])
-        # A schedule that warms up says beforehand how high it will rise.
-        self.peak = max(self.peak, lr, float(group.get("initial_lr", lr)))
+        # A schedule that warms up says beforehand how high it will rise, OneCycleLR as max_lr.
+        announced = (float(group.get(key, lr)) for key in ("initial_lr", "max_lr"))
+        self.peak = max(self.peak, lr, *announced)
         return Step(
             index=self.index,
             total=self.total,

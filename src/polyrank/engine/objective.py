@@ -21,7 +21,8 @@ class Objective:
     """All losses of a phase.
 
     L = Σ_l w_l · Σ_rows l / n_l, where n_l counts the rows (or labels) of the loss's role over the
-    whole update and all processes; a `batchwise` loss is averaged over micro-batches.
+    whole update and all processes. A `batchwise` loss is averaged over all micro-batches of all
+    processes, or added up over them if it is counted per "update".
 
     Args:
         reader: runs the model.
@@ -64,7 +65,8 @@ class Objective:
             if lacking := sorted(wanted - self.reader.offers):
                 found.append(
                     f"loss {name_of(loss)!r}: needs {', '.join(lacking)}, which models for "
-                    f"{', '.join(sorted(self.reader.kinds))} do not give; leave the strategy out"
+                    f"{', '.join(sorted(self.reader.kinds))} do not give; leave the "
+                    "strategy or the option out that brings it"
                 )
         stores = self.replay is not None and "logits" in self.replay.stores
         if stores and not self.reader.growing:
@@ -83,7 +85,7 @@ class Objective:
         """Return n_l by loss over the micro-batches of an update and all processes."""
         mask = self.reader.mask
         totals = [sum(_count(loss, b, mask(b)) for b in batches) for loss in self.losses]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if _processes() > 1:
             summed = torch.tensor(totals, dtype=torch.float64)
             dist.all_reduce(summed)
             totals = [int(n) for n in summed.tolist()]
@@ -124,8 +126,7 @@ class Objective:
                 places, taught = teachers[loss.teacher]
                 seen = replace(seen, teacher=_part(taught, _among(places, index)))
             term = loss(seen, batch if index is None else _slice(batch, index))
-            share = 1 / micro if loss.batchwise else 1 / max(1, counts[name_of(loss)])
-            total = total + loss.weight * share * term
+            total = total + loss.weight * term / _parts(loss, counts, micro)
         return total, out
 
     def _teachers(
@@ -157,6 +158,17 @@ class Objective:
 def name_of(loss: Loss) -> str:
     """Return the name under which a phase chooses a loss."""
     return type(loss).__name__.lower()
+
+
+def _parts(loss: Loss, counts: Mapping[str, int], micro: int) -> int:
+    """Return what a term is divided by, so that the parts of all processes make the update's."""
+    if loss.per == "update":
+        return 1
+    return micro * _processes() if loss.batchwise else max(1, counts[name_of(loss)])
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _taught(loss: Loss) -> bool:

@@ -113,7 +113,9 @@ class Adapter(Protocol):
 class Step:
     """Where an update stands: `index` of `total`, from 0.
 
-    `peak` is the highest rate so far, or the one that a schedule announced.
+    `peak` is the highest rate so far, or the one that a schedule announced: a group's "initial_lr",
+    which schedulers of torch and transformers set, or "max_lr". A warm-up by hand has to set
+    "initial_lr", or its way up counts as the peak.
     """
 
     index: int
@@ -255,15 +257,16 @@ class Loss:
     """A term that needs a batch; evaluated inside the one student forward of a micro-batch.
 
     `needs` is a part of {"logits", "hidden", "embedding", "sides", "teacher.logits",
-    "teacher.hidden", "teacher.embedding", "stored"}; `teacher` is the view that the teacher shows,
-    "base" or a replica; there is one teacher forward for all losses of a view. With a `role` the
-    term sees the rows of that role only, and is left out where a micro-batch has none; None is all
-    rows.
+    "teacher.hidden", "teacher.embedding", "stored", "texts"}, the last one for logits whose columns
+    are texts; `teacher` is the view that the teacher shows, "base" or a replica; there is one
+    teacher forward for all losses of a view. With a `role` the term sees the rows of that role
+    only, and is left out where a micro-batch has none; None is all rows.
 
     `per` names what is counted ("label", "token", "sample"): the term returns the sum and the
     engine divides by the count over the whole update and all processes. A `batchwise` term is not
-    linear in the batch: its mean per micro-batch is averaged and no invariance under accumulation
-    is claimed.
+    linear in the batch, and no invariance under accumulation is claimed: it returns the mean of a
+    micro-batch, and these are averaged; with `per` "update" it returns what the micro-batch adds,
+    and the parts of all micro-batches and processes are summed.
     """
 
     needs: frozenset[str] = frozenset()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
+from polyrank.errors import ConfigError
 from polyrank.frame import Adapter, Loss, Out, Workshop
 from polyrank.layers.views import wide
 from polyrank.parts.distil import classes_of, refuse_strangers
+
+# The modules of CLIP and its kin that no image passes.
+TEXT_TOWER = re.compile(r"(^|\.)text_(model|projection)(\.|$)")
 
 
 def texts_to_images(logits: Tensor, labels: Tensor) -> Tensor:
@@ -24,18 +30,30 @@ def texts_to_images(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class TextLoss(Loss):
-    """`texts_to_images` of a micro-batch's current rows."""
+    """`texts_to_images` of current rows: a sum over images, so micro-batches add up.
 
-    needs = frozenset({"logits"})
+    Each text looks among the images of one micro-batch of one process. With n/m images instead of
+    n a term is smaller by about log m, which only a larger micro-batch mends.
+    """
+
+    needs = frozenset({"logits", "texts"})
     role = "train"
+    per = "update"
     batchwise = True
 
     def bind(self, adapter: Adapter, workshop: Workshop | None) -> None:
         """Learn the classes of the task.
 
         Raises:
-            ConfigError: if it has none.
+            ConfigError: if it has none, or the image tower is not adapted.
         """
+        paths = [layer.site.path for layer in adapter.layers]
+        if all(TEXT_TOWER.search(path) for path in paths):
+            raise ConfigError(
+                f"symmetric: got an adapter of the text tower alone ({paths[0]} is the first of "
+                f"{len(paths)} layers), where the published loss has no such half; leave symmetric "
+                "out, or adapt the image tower too"
+            )
         self.classes = torch.tensor(classes_of(workshop))
 
     def __call__(self, out: Out, batch: dict[str, Tensor]) -> Tensor:

@@ -74,6 +74,13 @@ class GroupedOptimizer(Optimizer):
             # The groups themselves, so that a rate set here is the rate that is used there.
             self.parts[name] = made(own, **chosen)
         self._link()
+        # Schedulers ask here what every group has: OneCycleLR turns momentum or betas.
+        known_to = self.parts.get(DEFAULT) or next(iter(self.parts.values()))
+        self.defaults = {
+            key: value
+            for key, value in known_to.defaults.items()
+            if all(key in group for group in self.param_groups)
+        }
 
     @property
     def updates(self) -> frozenset[str]:
@@ -107,15 +114,16 @@ class GroupedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, served by what their `update` names."""
         name = param_group.get("update", DEFAULT)
+        if self.parts and name not in self.parts:
+            raise ConfigError(
+                f"update: {name!r} came after the optimiser was made; build it anew with "
+                "polyrank.optimizer(model, lr=...)"
+            )
+        if self.parts:
+            # Its own before those of the run's optimiser, which are another one's.
+            param_group = {**self.parts[name].defaults, **param_group}
         super().add_param_group(param_group)
         if self.parts:
-            if name not in self.parts:
-                raise ConfigError(
-                    f"update: {name!r} came after the optimiser was made; build it anew with "
-                    "polyrank.optimizer(model, lr=...)"
-                )
-            for key, value in self.parts[name].defaults.items():
-                self.param_groups[-1].setdefault(key, value)
             self._link()
 
     @torch.no_grad()

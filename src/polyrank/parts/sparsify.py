@@ -117,7 +117,9 @@ class Levels:
         """Return κ of an update; past the last stage it stays."""
         values = self.values()
         level = values[min(stage_of(step), len(values) - 1)]
-        return level * step.lr / step.peak if self.scale == "rate" and step.peak else level
+        if self.scale == "constant":
+            return level
+        return level * step.lr / step.peak if step.peak else 0.0
 
 
 @register_update("adam-gate")

@@ -78,7 +78,8 @@ class Reader:
         kinds: the kinds of tasks it reads.
         growing: whether the model has a classifier that grows with the classes.
         outputs: rows of a head that does not grow, such as ("value",) of a regression.
-        offers: the part of {"logits", "hidden", "embedding"} that `forward` can give.
+        offers: the part of {"logits", "hidden", "embedding"} that `forward` can give; "texts" as
+            well if columns of logits are texts, which look for their rows.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset()

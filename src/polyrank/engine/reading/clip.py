@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class ImageTextReader(Reader):
 
     kinds = frozenset({"image-text"})
     growing = False
+    offers: ClassVar[frozenset[str]] = Reader.offers | {"texts"}
 
     def __init__(self, tokenizer: Any, pixels: Pixels | None = None, max_length: int = 77) -> None:
         if problems := length_problems(max_length, least=3):
