@@ -310,6 +310,12 @@ def test_lent_to_plain_lora_it_is_altlora():
     same(weights(ours), weights(theirs))
 
 
+def test_where_a_rule_writes_factors_the_last_subspace_is_kept_whole():
+    written = adapted("allora", apply_to="update", optim_by="altlora")
+    kept = [group_of(pr.optimizer(m, 0.1))["snapshots"] for m in (written, adapted())]
+    assert kept == [True, False]
+
+
 def test_lent_to_gated_methods_it_moves_factors_and_leaves_gates_as_they_are():
     model = adapted("sora", optim_by="altlora:plus=true", xi=0.0, gate_lr=0.5, head=False)
     optimizer = pr.optimizer(model, 0.05)
@@ -437,7 +443,7 @@ def test_options_out_of_range_are_refused(options, text):
         pr.method("altlora", **options)
 
 
-def test_cores_that_weigh_tokens_and_lone_factors_are_refused():
+def test_cores_that_weigh_tokens_lone_factors_and_half_precision_are_refused():
     routed = pr.adapter_of(adapted("smora", r=4, k=2))
     with pytest.raises(ConfigError, match=r"altlora at first: the core RankGate may weigh ranks"):
         pairs.pair_group(routed, {})
@@ -446,9 +452,6 @@ def test_cores_that_weigh_tokens_and_lone_factors_are_refused():
         view.B.requires_grad_(False)
     with pytest.raises(ConfigError, match="altlora at second: A trains alone"):
         pr.optimizer(lone, 0.1)
-
-
-def test_half_precision_factors_are_refused():
     with pytest.raises(ConfigError, match=r"got torch.bfloat16, expected factors in float32"):
         pr.optimizer(adapted(dtype=torch.bfloat16), 0.1)
 

@@ -151,13 +151,18 @@ def pair_group(adapter: Adapter, options: Mapping[str, Any]) -> Group:
         pairs.append({**entry, "gated": gated})
     if problems:
         raise ConfigError(problems)
-    return Group(params=params, update=UPDATE, options=_options(pairs, options))
+    method: Any = getattr(adapter, "method", None)
+    # Who writes into factors after a step moves them without the optimiser's knowledge.
+    written = method is not None and any("param" in rule.touches for rule in method.acting())
+    return Group(params=params, update=UPDATE, options=_options(pairs, options, written))
 
 
-def _options(pairs: list[dict[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
+def _options(
+    pairs: list[dict[str, Any]], options: Mapping[str, Any], written: bool = False
+) -> dict[str, Any]:
     full = {k: v for k, v in {**DEFAULTS, **options}.items() if k not in ("lr", "weight_decay")}
     # A chain of projections is not one projection, and gates move at other times than factors.
-    lazy = full["switch_every"] > 1 or any(pair["gated"] for pair in pairs)
+    lazy = written or full["switch_every"] > 1 or any(pair["gated"] for pair in pairs)
     return {**full, "pairs": pairs, "snapshots": bool(full["snapshots"] or lazy)}
 
 
