@@ -1,5 +1,6 @@
 """Adapted layers and the PEFT tuner that places them."""
 
+from polyrank.layers.absorption import absorb
 from polyrank.layers.adapter import ModelAdapter, adapter_of
 from polyrank.layers.compact import Compaction, compact
 from polyrank.layers.config import PolyrankConfig
@@ -13,7 +14,6 @@ from polyrank.layers.saved import saved_of
 from polyrank.layers.starts import initialise
 from polyrank.layers.statistics import gather
 from polyrank.layers.structure import (
-    absorb,
     append,
     extend,
     grow_head,

@@ -7,17 +7,29 @@ archive, which keeps the absorbed ranks, acts as a bank: the answers are the sam
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from polyrank.errors import CheckpointError
 from polyrank.frame import Core, Identity
-from polyrank.layers.views import View, wide
+from polyrank.layers.views import Frozen, View, wide
 
-# Entries that tell one weight from the other; those that moved most.
+# Entries of a layer that tell one weight from the other; those that moved most.
 WITNESSES = 16
+
+
+class Archive(Frozen):
+    """Absorbed ranks. While the base holds them they rest on the host, whatever moves the model."""
+
+    resting = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Archive:
+        if not self.resting:
+            super()._apply(fn, recurse)
+        return self
 
 
 def witness(original: Tensor, absorbed: Tensor, old: dict[str, Any] | None) -> dict[str, Any]:
@@ -26,35 +38,89 @@ def witness(original: Tensor, absorbed: Tensor, old: dict[str, Any] | None) -> d
     Args:
         original: the weight before this absorption, in its own layout.
         absorbed: the weight after it.
-        old: what an earlier absorption gave; its places are kept, as the first weight is gone.
+        old: what an earlier absorption gave; its places are kept if that one changed anything,
+            as the first weight is gone.
     """
     after = absorbed.detach().reshape(-1)
-    if old is None:
+    if old is None or not old["moved"]:
         before = original.detach().reshape(-1)
         moved = (wide(after) - wide(before)).abs()
         places = moved.topk(min(WITNESSES, moved.numel())).indices.sort().values
         index, first = places.tolist(), wide(before[places]).tolist()
+        old = {"dtype": str(original.dtype), "moved": not torch.equal(before, after)}
     else:
         index, first = old["index"], old["original"]
     now = wide(after[torch.tensor(index, device=after.device)]).tolist()
-    return {"index": index, "original": first, "absorbed": now}
+    shared = {key: old[key] for key in ("dtype", "moved")}
+    return {"index": index, "original": first, "absorbed": now, **shared}
 
 
-def holds(weight: Tensor, kept: dict[str, Any], path: str) -> bool:
-    """Say whether a base weight holds the absorbed updates; False if it is the original one.
+def restore_archive(view: View, shapes: dict[str, Any]) -> None:
+    """Make room for the archive that a saved adapter noted, if any."""
+    if (ranks := shapes.get("archive")) is not None:
+        A, B = torch.zeros(ranks, view.site.d_in), torch.zeros(view.site.d_out, ranks)
+        view.module.polyrank_archive[view.name] = Archive(A, B)
+    if (found := shapes.get("witness")) is not None:
+        view.witness = dict(found)
+
+
+def judge(views: Sequence[View]) -> None:
+    """Find out whether the base holds what an adapter absorbed; if not, its archive acts.
+
+    All layers are asked together: the answer is one for the whole model.
 
     Raises:
-        CheckpointError: if it is neither, beyond the rounding of its dtype.
+        CheckpointError: if the base cannot be asked, is neither the original nor the changed one,
+            could be either, or is the original one and the ranks were not kept.
     """
-    values = wide(weight.detach().reshape(-1)).double().cpu()[torch.tensor(kept["index"])]
-    first, now = (torch.tensor(kept[key], dtype=torch.float64) for key in ("original", "absorbed"))
-    gap = float((first - now).abs().sum())
-    near = [float((values - part).abs().sum()) for part in (now, first)]
-    rounding = torch.finfo(weight.dtype).eps * float(values.abs().sum())
-    if min(near) > gap / 4 + rounding:
+    views = [view for view in views if view.witness is not None]
+    if not views:
+        return
+    absorbed = _holds(views)
+    if not absorbed and (bare := [v.site.path for v in views if v.archive is None]):
         raise CheckpointError(
-            f"base weight at {path}: is neither the one that the adapter was made on nor the one "
-            "that holds its absorbed updates; load the adapter onto the base model of its training"
+            f"base weight at {bare[0]}: updates were absorbed into the base of this adapter and "
+            "not archived, and this is the base before; load the changed base, or train with "
+            "archive=True"
+        )
+    for view in views:
+        view.absorbed = absorbed
+        if view.archive is not None:
+            held = cast("Archive", view.module.polyrank_archive[view.name])
+            held.resting = absorbed
+            if not absorbed:
+                held.to(view.module.dense_weight().device)
+            view.core.banked(0 if view.bank is None else view.bank[0].shape[0])
+
+
+def _holds(views: Sequence[View]) -> bool:
+    """Say whether base weights hold the absorbed updates; False if they are the original ones."""
+    near = [0.0, 0.0]
+    rounding = 0.0
+    for view in views:
+        kept = cast("dict[str, Any]", view.witness)
+        if view.module.quantised() or (weight := view.module.dense_weight().detach()).is_meta:
+            raise CheckpointError(
+                f"base weight at {view.site.path}: is quantised or not loaded yet, so nothing "
+                "tells whether it holds this adapter's absorbed updates; load a dense base first, "
+                "or use the plain LoRA for the original base that `polyrank export` writes"
+            )
+        values = wide(weight.reshape(-1)[torch.tensor(kept["index"], device=weight.device)])
+        values = values.double().cpu()
+        for side, key in enumerate(("absorbed", "original")):
+            there = torch.tensor(kept[key], dtype=torch.float64)
+            near[side] += float((values - there).abs().sum())
+        dtypes = (weight.dtype, getattr(torch, kept["dtype"].removeprefix("torch.")))
+        rounding += max(torch.finfo(d).eps for d in dtypes) * float(values.abs().sum())
+    if min(near) > rounding:
+        raise CheckpointError(
+            f"base weights of {len(views)} layers: are neither those that the adapter was made on "
+            "nor those that hold its absorbed updates; load it onto the base model of its training"
+        )
+    if max(near) <= rounding and min(near) > 0:
+        raise CheckpointError(
+            f"base weights of {len(views)} layers: are rounded so far that nothing tells whether "
+            "they hold this adapter's absorbed updates; load the base in the dtype of its training"
         )
     return near[0] <= near[1]
 
@@ -88,6 +154,6 @@ def archived(view: View) -> tuple[Tensor, Tensor]:
     """
     parts = [part for part in (view.dormant, view.bank, settled(view)) if part is not None]
     parts += negated(view)
-    A = torch.cat([wide(A.detach()) for A, _ in parts])
-    B = torch.cat([wide(B.detach()) for _, B in parts], dim=1)
+    A = torch.cat([wide(A.detach()).cpu() for A, _ in parts])
+    B = torch.cat([wide(B.detach()).cpu() for _, B in parts], dim=1)
     return A, B

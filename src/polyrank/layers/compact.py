@@ -9,7 +9,7 @@ from torch import nn
 
 from polyrank.errors import ConfigError
 from polyrank.layers.adapter import adapter_of
-from polyrank.layers.structure import _note
+from polyrank.layers.structure import note
 from polyrank.layers.views import Frozen, View
 
 
@@ -89,5 +89,5 @@ def _compacted(model: nn.Module, view: View, evaluation: bool) -> Compaction:
     count = int(silent.sum())
     unreachable = int(mute.sum()) - count
     view.evaluating |= unreachable > 0
-    _note(model, view)
+    note(model, view)
     return Compaction(view.site.path, ranks, count, unreachable)

@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from polyrank.errors import CheckpointError, ConfigError, MergeError
+from polyrank.errors import ConfigError, MergeError
 from polyrank.frame import Core, Flow, Method, Site, keyed
-from polyrank.layers.archive import holds
+from polyrank.layers.archive import restore_archive
 from polyrank.layers.compat import check_adapters_to_merge, in_out_features
 from polyrank.layers.fused import Sharing, through
 from polyrank.layers.grouped import grouped
@@ -85,13 +85,7 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
         view.scale = shapes.get("scale", view.scale)
         view.waiting = bool(start.wants) and not started
         restore_bank(view, shapes)
-        if (archive := shapes.get("archive")) is not None:
-            self.polyrank_archive[name] = Frozen(
-                torch.zeros(archive, site.d_in), torch.zeros(site.d_out, archive)
-            )
-        if (found := shapes.get("witness")) is not None:
-            view.witness = dict(found)
-            self.judge(name)
+        restore_archive(view, shapes)
         if shadow := shapes.get("shadow"):
             delta = shapes.get("shadow_delta")
             view.shadow = (
@@ -128,28 +122,6 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
             replicas = cast("nn.ModuleDict", self.polyrank_replica[name])
             found["replicas"] = {k: list(self.replica_of(name, k).shape) for k in sorted(replicas)}
         return found
-
-    def judge(self, name: str) -> None:
-        """Find out whether the base weight holds what one adapter absorbed; if not, it acts.
-
-        A base that is quantised or on meta cannot be asked and counts as the original one.
-
-        Raises:
-            CheckpointError: if the base is the original one and the ranks were not kept, or it is
-                neither.
-        """
-        view, path = self.views[name], self.views[name].site.path
-        known = not self.quantised() and not self.dense_weight().is_meta
-        kept = cast("dict[str, Any]", view.witness)
-        view.absorbed = known and holds(self.dense_weight(), kept, path)
-        if not view.absorbed and view.archive is None:
-            raise CheckpointError(
-                f"base weight at {path}: updates were absorbed into the base of this adapter and "
-                "not archived, and this is the base before; load the changed base, or train with "
-                "archive=True"
-            )
-        if view.archive is not None:
-            view.core.banked(0 if view.bank is None else view.bank[0].shape[0])
 
     def fill(
         self, name: str, seed: int, *key: int | str, stat: dict[str, Tensor] | None = None

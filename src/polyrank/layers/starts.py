@@ -14,7 +14,7 @@ from polyrank.frame import Init
 from polyrank.layers.adapter import ModelAdapter, adapter_of
 from polyrank.layers.root import hook_of
 from polyrank.layers.statistics import SEEN, Loss, Stats, exact, gather, processes
-from polyrank.layers.structure import _note, config_of
+from polyrank.layers.structure import config_of, note
 from polyrank.layers.views import View
 
 
@@ -72,7 +72,7 @@ def initialise(
         with exact():
             view.module.fill(found.name, chosen, key, stat=stat)
         _broadcast(view)
-        _note(model, view)
+        note(model, view)
     if (hook := hook_of(model)) is not None:
         # The weights changed, and no optimiser did it.
         hook.seen.pop(found.name, None)

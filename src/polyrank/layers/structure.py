@@ -15,13 +15,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from polyrank.errors import ConfigError, MergeError
+from polyrank.errors import ConfigError, MergeError, RunError
 from polyrank.frame import Core, Head, Site, keyed
-from polyrank.layers.adapter import adapter_of
-from polyrank.layers.archive import archived, negated, settled, witness
+from polyrank.layers.adapter import ModelAdapter, adapter_of
+from polyrank.layers.archive import negated, settled
 from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.hosts import HeadHost
-from polyrank.layers.views import Factor, Frozen, View, wide
+from polyrank.layers.views import Factor, Frozen, View
 
 
 def config_of(model: nn.Module, name: str) -> PolyrankConfig:
@@ -29,13 +29,13 @@ def config_of(model: nn.Module, name: str) -> PolyrankConfig:
     return cast("PolyrankConfig", cast("Any", model).peft_config[name])
 
 
-def _note(model: nn.Module, view: View) -> None:
+def note(model: nn.Module, view: View) -> None:
     """Write into the config what a fresh process needs to rebuild one layer."""
     config_of(model, view.name).sites[view.site.path] = view.module.shapes(view.name)
 
 
 @contextmanager
-def _rebuilt(view: View) -> Iterator[None]:
+def rebuilt(view: View) -> Iterator[None]:
     """Give what is made inside the device, the mode and the trainability of what stood there."""
     layer, training = view.module, view.core.training
     device, dtype = view.A.device, view.A.dtype
@@ -47,6 +47,21 @@ def _rebuilt(view: View) -> Iterator[None]:
     layer.set_requires_grad(view.name, trained)
 
 
+def unattached(model: nn.Module, adapter: str | None, verb: str) -> ModelAdapter:
+    """Return an adapter whose structure may change: no optimiser is attached to it.
+
+    Raises:
+        ConfigError: if one is; it would train tensors that are no longer in the model.
+    """
+    found = adapter_of(model, adapter)
+    if any(found.name in view.module.flow.attached for view in found.layers[:1]):
+        raise ConfigError(
+            f"{verb}: an optimiser is attached to adapter {found.name!r} and would go on with the "
+            "old tensors; call detach() on its attachment first, and make a new optimiser"
+        )
+    return found
+
+
 def grow_head(
     model: nn.Module, names: Sequence[str], *, adapter: str | None = None, seed: int = 0
 ) -> None:
@@ -55,7 +70,7 @@ def grow_head(
     Raises:
         ConfigError: if the adapter has no head, or a class is already there.
     """
-    found = adapter_of(model, adapter)
+    found = unattached(model, adapter, "grow_head")
     host = next((h for h in found.hosts if isinstance(h, HeadHost)), None)
     if host is None:
         raise ConfigError(
@@ -93,15 +108,21 @@ def append(
         force: grow although the live ranks are untrained and would compete with all others.
 
     Raises:
-        ConfigError: if a core cannot stand behind a bank, or what it weighs would compete with
-            ranks that were never trained; before anything changes.
+        ConfigError: if a core cannot stand behind a bank, what it weighs would compete with ranks
+            that were never trained, or an optimiser is attached; before anything changes.
+        RunError: if ranks are not finite; before anything changes.
     """
-    found = adapter_of(model, adapter)
+    found = unattached(model, adapter, "append")
     competing = any(view.core.competing for view in found.layers)
     if competing and not force and not any(view.B.detach().any() for view in found.layers):
         raise ConfigError(
             f"append: the live ranks of adapter {found.name!r} have no values yet, and frozen like "
             "this they would only take weight from others; train them first, or pass force=True"
+        )
+    if bad := [v.site.path for v in found.layers if not _finite(v)]:
+        raise RunError(
+            f"append: the ranks at {bad[0]} are not finite, and frozen they would stay so; look "
+            "for a diverged training run"
         )
     if problems := [p for view in found.layers for p in _append_problems(view)][:1]:
         raise ConfigError(problems)
@@ -113,7 +134,7 @@ def append(
         site = _resized(view, view.site.r if r is None else r)
         core = view.method.core(site)
         core.banked(A.shape[0])
-        with _rebuilt(view):
+        with rebuilt(view):
             layer, name = view.module, view.name
             held = 0 if view.bank is None else view.bank[0].shape[0]
             if view.order is not None:
@@ -129,7 +150,12 @@ def append(
             layer.polyrank_B[name] = Factor(site.d_out, core.widths[1])
             layer.polyrank_core[name] = core
         layer.fill(name, seed, key, A.shape[0])
-        _note(model, view)
+        note(model, view)
+
+
+def _finite(view: View) -> bool:
+    tensors = [view.A, view.B, *view.core.parameters()]
+    return all(bool(t.detach().isfinite().all()) for t in tensors)
 
 
 def _grown(view: View, held: int) -> list[int]:
@@ -175,82 +201,7 @@ def redraw(
     for view in found.layers:
         view.module.fill(found.name, seed, key)
         if view.shadow is not None or view.method.starting().wants:
-            _note(model, view)
-
-
-def absorb(
-    model: nn.Module,
-    *,
-    adapter: str | None = None,
-    lossy: bool = False,
-    archive: bool = False,
-    seed: int = 0,
-    key: str = "absorb",
-) -> None:
-    """Add the adapter's update to the base weights and redraw it; bank, shadow and replicas end.
-
-    A saved adapter remembers a few entries of the changed weights. With an archive it also works on
-    the original base, where the absorbed ranks act as a bank; without one it refuses that base.
-
-    Args:
-        model: a PEFT model with a polyrank adapter.
-        adapter: its name; None is the active one.
-        lossy: go on although the base is stored below fp32, where a part of every update is
-            rounded away.
-        archive: keep the absorbed ranks with the adapter, r (d_in + d_out) weights a layer.
-        seed: key of the new starting values.
-        key: word that makes these starting values differ from others of the same seed.
-
-    Raises:
-        MergeError: if the update depends on the token, the base is quantised, or rounding would
-            lose some of it and `lossy` is False; before anything changes.
-    """
-    found = adapter_of(model, adapter)
-    if any(found.name in view.module.merged_adapters for view in found.layers):
-        raise MergeError(
-            f"absorb: adapter {found.name!r} is merged already; call unmerge_adapter() first"
-        )
-    if archive and any(view.core.base_gain() is not None for view in found.layers):
-        raise ConfigError(
-            "absorb: a core that scales the base output is no product of factors and cannot be "
-            "archived; pass archive=False"
-        )
-    merged = _absorbed(found.layers, lossy)
-    for view, weight in zip(found.layers, merged, strict=True):
-        layer, had_bank = view.module, view.bank is not None
-        held = Frozen(*archived(view)) if archive else None
-        view.witness = witness(layer.dense_weight(), weight, view.witness)
-        layer.dense_weight().data = weight
-        layer.forget(view.name, layer.other_param_names)
-        view.absorbed = True
-        if held is not None:
-            layer.polyrank_archive[view.name] = held
-        if had_bank:
-            with _rebuilt(view):
-                layer.polyrank_core[view.name] = view.method.core(view.site)
-            view.segments, view.order = [], None
-        _note(model, view)
-    redraw(model, adapter=found.name, seed=seed, key=key)
-
-
-def _absorbed(views: Sequence[View], lossy: bool) -> list[Tensor]:
-    """Return the base weights with the updates of the views; refuse to lose a part of them."""
-    found: list[Tensor] = []
-    lost = total = 0.0
-    for view in views:
-        delta, weight = view.delta(), view.module.dense_weight().detach()
-        delta = delta.T if view.module.transposed else delta
-        found.append((wide(weight) + delta).to(weight.dtype))
-        lost += float((wide(found[-1]) - wide(weight) - delta).square().sum())
-        total += float(delta.square().sum())
-    share = (lost / total) ** 0.5 if total else 0.0
-    below = any(weight.dtype in (torch.bfloat16, torch.float16) for weight in found)
-    if below and not lossy:
-        raise MergeError(
-            f"absorb: the base is stored below fp32, and rounding would lose {share:.1%} of the "
-            "update; use a frozen bank (append), load the base in fp32, or pass lossy=True"
-        )
-    return found
+            note(model, view)
 
 
 def keep(model: nn.Module, view: View, ranks: Tensor) -> None:
@@ -261,6 +212,7 @@ def keep(model: nn.Module, view: View, ranks: Tensor) -> None:
         view: the layer.
         ranks: (n,) int64 indices into the live ranks, 1 <= n.
     """
+    unattached(model, view.name, "keep")
     core, layer, name, r = view.core, view.module, view.name, view.A.shape[0]
     if core.widths != (r, r):
         raise ConfigError(
@@ -284,7 +236,7 @@ def keep(model: nn.Module, view: View, ranks: Tensor) -> None:
     if view.bank is not None:
         fresh.banked(view.bank[0].shape[0])
     values = {key: _picked(core, key, param, ranks) for key, param in core.named_parameters()}
-    with torch.no_grad(), _rebuilt(view):
+    with torch.no_grad(), rebuilt(view):
         A, B = view.A.index_select(0, ranks), view.B.index_select(1, ranks)
         for key, param in fresh.named_parameters():
             param.data = values[key]
@@ -292,7 +244,7 @@ def keep(model: nn.Module, view: View, ranks: Tensor) -> None:
         layer.polyrank_A[name], layer.polyrank_B[name] = Factor(*A.shape), Factor(*B.shape)
         view.A.data, view.B.data = A, B
         layer.polyrank_core[name] = fresh
-    _note(model, view)
+    note(model, view)
 
 
 def truncate(model: nn.Module, r: int, *, adapter: str | None = None) -> None:
@@ -310,7 +262,7 @@ def truncate(model: nn.Module, r: int, *, adapter: str | None = None) -> None:
             changes.
         MergeError: if the adapter is merged.
     """
-    found = adapter_of(model, adapter)
+    found = unattached(model, adapter, "truncate")
     if any(found.name in view.module.merged_adapters for view in found.layers):
         raise MergeError(
             f"truncate: adapter {found.name!r} is merged; call unmerge_adapter() first"
@@ -325,7 +277,7 @@ def truncate(model: nn.Module, r: int, *, adapter: str | None = None) -> None:
         gain = view.core.shortened(r)
         keep(model, view, torch.arange(r))
         view.scale *= gain
-        _note(model, view)
+        note(model, view)
 
 
 def _picked(core: Core, key: str, param: Tensor, ranks: Tensor) -> Tensor:
@@ -363,7 +315,7 @@ def replica(model: nn.Module, name: str, *, adapter: str | None = None) -> None:
         )
     for view in found.layers:
         view.module.replicate(found.name, name)
-        _note(model, view)
+        note(model, view)
     for host in (h for h in found.hosts if isinstance(h, HeadHost)):
         host.replicate(found.name, name)
         _note_heads(model, host, found.name)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from polyrank.errors import ConfigError, MergeError
 from polyrank.frame import Head, Site, keyed
+from polyrank.layers.archive import judge
 from polyrank.layers.compat import (
     TARGETS,
     BaseTuner,
@@ -89,6 +90,8 @@ class PolyrankModel(BaseTuner):
             made = [block for _, _, block in blocks]
             if problems := [*clashes(model, self.peft_config, made)]:
                 raise ConfigError(problems)
+            hosts = [m for m in model.modules() if isinstance(m, AdaptedLinear)]
+            judge([m.views[adapter_name] for m in hosts if adapter_name in m.views])
         except Exception as error:
             self._undo(model, adapter_name, before)
             if isinstance(error, NoMatch):

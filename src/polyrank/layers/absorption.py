@@ -1,0 +1,102 @@
+"""Adding an adapter's update to the base weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from polyrank.errors import ConfigError, MergeError
+from polyrank.layers.archive import Archive, archived, witness
+from polyrank.layers.structure import note, rebuilt, redraw, unattached
+from polyrank.layers.views import View, wide
+
+
+def absorb(
+    model: nn.Module,
+    *,
+    adapter: str | None = None,
+    lossy: bool = False,
+    archive: bool = False,
+    seed: int = 0,
+    key: str = "absorb",
+) -> None:
+    """Add the adapter's update to the base weights and redraw it; bank, shadow and replicas end.
+
+    A saved adapter remembers a few entries of the changed weights. With an archive it also works on
+    the original base, where the absorbed ranks act as a bank; without one it refuses that base.
+
+    Args:
+        model: a PEFT model with a polyrank adapter.
+        adapter: its name; None is the active one.
+        lossy: go on although the base is stored below fp32, where a part of every update is
+            rounded away.
+        archive: keep the absorbed ranks with the adapter, r (d_in + d_out) weights a layer.
+        seed: key of the new starting values.
+        key: word that makes these starting values differ from others of the same seed.
+
+    Raises:
+        MergeError: if the update depends on the token or is not finite, the base is quantised or
+            has adapters merged into it, or rounding would lose some of the update and `lossy` is
+            False; before anything changes.
+        ConfigError: if an optimiser is attached.
+    """
+    found = unattached(model, adapter, "absorb")
+    if merged := sorted({n for view in found.layers for n in view.module.merged_adapters}):
+        raise MergeError(
+            f"absorb: adapters {merged} are merged into the base, which would be taken for it; "
+            "call unmerge_adapter() first"
+        )
+    if archive and any(view.core.base_gain() is not None for view in found.layers):
+        raise ConfigError(
+            "absorb: a core that scales the base output is no product of factors and cannot be "
+            "archived; pass archive=False"
+        )
+    _check_absorption(found.layers, lossy)
+    for view in found.layers:
+        layer, had_bank = view.module, view.bank is not None
+        held = Archive(*archived(view)) if archive else None
+        weight = _with_update(view)
+        view.witness = witness(layer.dense_weight(), weight, view.witness)
+        layer.dense_weight().data = weight
+        layer.forget(view.name, layer.other_param_names)
+        view.absorbed = True
+        if held is not None:
+            layer.polyrank_archive[view.name] = held
+        if had_bank:
+            with rebuilt(view):
+                layer.polyrank_core[view.name] = view.method.core(view.site)
+            view.segments, view.order = [], None
+        note(model, view)
+    redraw(model, adapter=found.name, seed=seed, key=key)
+
+
+def _with_update(view: View) -> Tensor:
+    """Return a base weight plus the adapter's update, in its own dtype and layout."""
+    delta, weight = view.delta(), view.module.dense_weight().detach()
+    return (wide(weight) + (delta.T if view.module.transposed else delta)).to(weight.dtype)
+
+
+def _check_absorption(views: Sequence[View], lossy: bool) -> None:
+    """Refuse to lose a part of the updates, or to spoil the base; one layer at a time."""
+    lost = total = 0.0
+    below = False
+    for view in views:
+        weight, merged = view.module.dense_weight().detach(), _with_update(view)
+        if not wide(merged).isfinite().all():
+            raise MergeError(
+                f"absorb: the base weight at {view.site.path} would not be finite any more; look "
+                "for a diverged training run"
+            )
+        delta = view.delta()
+        delta = delta.T if view.module.transposed else delta
+        lost += float((wide(merged) - wide(weight) - delta).square().sum())
+        total += float(delta.square().sum())
+        below |= weight.dtype not in (torch.float32, torch.float64)
+    share = (lost / total) ** 0.5 if total else 0.0
+    if below and not lossy:
+        raise MergeError(
+            f"absorb: the base is stored below fp32, and rounding would lose {share:.1%} of the "
+            "update; use a frozen bank (append), load the base in fp32, or pass lossy=True"
+        )
