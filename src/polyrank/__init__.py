@@ -52,6 +52,7 @@ _HOMES = {
     "register": "polyrank.frame",
     "run": "polyrank.engine",
     "set_rank": "polyrank.parts.prefix",
+    "settle": "polyrank.parts.settle",
     "stream": "polyrank.streams",
     "truncate": "polyrank.layers",
     "view": "polyrank.layers",

@@ -396,6 +396,21 @@ def test_shrink_only_moves_nothing_but_gates_in_later_stages():
         ({"schedule": "sinus"}, "schedule: got 'sinus'"),
         ({"schedule": [0.2, 0.1]}, "numbers that do not fall"),
         ({"form": "hard"}, "form: got 'hard', expected one of soft, released"),
+        (
+            {"xi_max": 0.1},
+            "xi_max: got 0.1, but with schedule='none' it does nothing; leave it at 0",
+        ),
+        ({"stages": 3}, "stages: got 3, but with schedule='none'"),
+        ({"stage_steps": 3}, "stage_steps: got 3, but with schedule='none'"),
+        ({"check_every": 3}, "check_every: got 3, but with schedule='none'"),
+        ({"schedule": [0, 1], "xi": 0.1}, "xi: got 0.1, but with schedule=(0, 1) it does nothing"),
+        ({"schedule": [0, 1], "xi_max": 1}, "xi_max: got 1, but with schedule=(0, 1)"),
+        ({"schedule": [0, 1], "stages": 2}, "stages: got 2, but with schedule=(0, 1)"),
+        ({"schedule": [1], "check_every": 2}, "check_every: got 2, but with schedule=(1,)"),
+        (
+            {"schedule": "linear", "xi_max": 0.1, "stages": 1, "stage_steps": 2},
+            "stage_steps: got 2, but with schedule='linear' it does nothing",
+        ),
         ({"shrink_only": True}, "shrink_only: got true with xi_scale='constant', schedule='none'"),
         ({"shrink_only": True, "schedule": [0, 1], "xi_scale": "rate"}, "shrink_only: got true"),
     ],
@@ -458,7 +473,8 @@ def test_gates_that_are_not_finite_stop_the_run(form):
     gates(model)[1].grad[0] = math.nan
     with pytest.raises(RunError, match="1 layers hold NaN or infinity"):
         made.step()
-    attachment.detach()
+    with pytest.raises(RunError, match="1 layers hold NaN or infinity"):
+        attachment.detach()
     with pytest.raises(RunError, match="second is the first"):
         attached(model)
 

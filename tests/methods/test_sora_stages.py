@@ -287,7 +287,7 @@ def test_with_rates_of_zero_later_stages_are_the_first_one_shrunk(tmp_path):
 
 
 def test_without_stages_it_is_one_phase_and_one_system(tmp_path):
-    result = run(tmp_path / "run", schedule="none", xi=0.02)
+    result = run(tmp_path / "run", schedule="none", xi=0.02, stage_steps=0)
     assert [entry["name"] for entry in result.results["systems"]] == ["sora"]
     (figure,) = result.system()["figures"]
     assert list(figure["columns"]) == [task.name for task in few_digits(rows=16, tasks=2)]
@@ -316,3 +316,15 @@ def test_a_stream_that_is_read_once_has_no_stages():
     method = pr.method("sora", r=2, schedule=[0.0, 0.1])
     with pytest.raises(ConfigError, match=r"passes"):
         engine.run(tiny_vit(), stream, method, progress=False)
+
+
+def test_looks_at_validation_rows_need_some_before_anything_is_loaded():
+    stream = few_digits(rows=8, tasks=2)
+    assert "validation_rows" in engine.plan.offered(stream)
+    bare = [
+        replace(task, data={k: rows for k, rows in task.data.items() if k != "validation"})
+        for task in stream
+    ]
+    method = pr.method("sora", r=2, schedule=[0.0, 0.1], check_every=2)
+    with pytest.raises(ConfigError, match=r"sora: needs validation rows, which stream"):
+        engine.run(None, replace(stream, tasks=tuple(bare)), method, progress=False)

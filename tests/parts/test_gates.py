@@ -1,6 +1,8 @@
 """Static gates and what shrinks them: operators, the flat vector, the rule."""
 
 import copy
+from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from polyrank.parts.gates import (
     FlatGates,
     Shrinkage,
     StaticGate,
+    by_place,
     kept_ranks,
     shrink,
     static_gates,
@@ -104,8 +107,8 @@ def test_the_flat_vector_is_the_gates_and_survives_a_copy(model):
     adapter = pr.adapter_of(model)
     before = [p.detach().clone() for _, p in static_gates(adapter)]
     flat = FlatGates(adapter)
-    assert torch.equal(flat.vector(), torch.cat(before))
-    flat.vector()[0] = 5.0
+    assert torch.equal(flat.vectors()[0], torch.cat(before))
+    flat.vectors()[0][0] = 5.0
     assert float(static_gates(adapter)[0][1][0].detach()) == 5.0
     # Moving a model gives its parameters storage of their own.
     model.double().float()
@@ -113,19 +116,56 @@ def test_the_flat_vector_is_the_gates_and_survives_a_copy(model):
         gate.data = gate.data.clone()
     with torch.no_grad():
         static_gates(adapter)[1][1][2] = 7.0
-    flat.vector()[1] = 6.0
-    assert float(flat.vector()[6]) == 7.0
+    flat.vectors()[0][1] = 6.0
+    assert float(flat.vectors()[0][6]) == 7.0
     assert float(static_gates(adapter)[0][1][1].detach()) == 6.0
     other = copy.deepcopy(model)
     with torch.no_grad():
-        flat.vector().zero_()
+        flat.vectors()[0].zero_()
     assert float(static_gates(pr.adapter_of(other))[1][1][2].detach()) == 7.0
+
+
+def test_a_model_on_two_devices_has_a_flat_vector_on_each(model):
+    held = [torch.empty(n, device=d) for n, d in ((2, "cpu"), (3, "meta"), (1, "cpu"))]
+    assert by_place([*held, torch.empty(2, dtype=torch.float64)]) == [[0, 2], [1], [3]]
+    adapter = pr.adapter_of(model)
+    drawn = [gate.detach().clone() for _, gate in static_gates(adapter)]
+    # Another dtype cannot stand in one vector either, and is here on every machine.
+    static_gates(adapter)[1][1].data = drawn[1].double()
+    flat = FlatGates(adapter)
+    assert [v.dtype for v in flat.vectors()] == [torch.float32, torch.float64]
+    flat.shrink(0.1, "soft")
+    for (_, gate), value in zip(static_gates(adapter), drawn, strict=True):
+        assert_close(gate, shrink(value, 0.1).to(gate.dtype), dtype=torch.float32)
+    flat.vectors()[1][2] = float("inf")
+    with pytest.raises(RunError, match=r"1 layers hold NaN or infinity \(second is the first"):
+        flat.check_finite()
+
+
+def test_gates_that_are_not_finite_are_found_when_rules_leave(model):
+    for raising in (False, True):
+        attached = pr.attach(torch.optim.SGD(pr.parameter_groups(model, lr=0.5)), model)
+        gate = static_gates(pr.adapter_of(model))[1][1]
+        kept = gate.detach().clone()
+        with torch.no_grad():
+            gate[3] = float("nan")
+        if raising:
+            # An error on its way says more than what it has left behind.
+            with pytest.raises(KeyError), closing(SimpleNamespace(close=attached.detach)):
+                raise KeyError
+        else:
+            with pytest.raises(RunError, match="second is the first"):
+                attached.detach()
+        # It left all the same.
+        assert not attached.flow.attached
+        with torch.no_grad():
+            gate.copy_(kept)
 
 
 def test_gates_below_fp32_and_gates_that_are_not_finite_are_refused(model):
     flat = FlatGates(pr.adapter_of(model))
     flat.check_finite()
-    flat.vector()[5] = float("nan")
+    flat.vectors()[0][5] = float("nan")
     with pytest.raises(RunError, match="second is the first"):
         flat.check_finite()
     gate = static_gates(pr.adapter_of(model))[0][1]
@@ -168,6 +208,6 @@ def test_a_threshold_of_zero_changes_no_bit(model):
     rule = Shrinkage(lambda step: 0.0)
     adapter = pr.adapter_of(model)
     rule.bind(adapter, torch.optim.SGD([g for _, g in static_gates(adapter)], lr=0.1), None)
-    before = rule.gates.vector().clone()
+    before = rule.gates.vectors()[0].clone()
     rule.after(Step(index=0, total=1, lr=0.1, peak=0.1))
-    assert torch.equal(rule.gates.vector(), before)
+    assert torch.equal(rule.gates.vectors()[0], before)

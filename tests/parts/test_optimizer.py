@@ -15,6 +15,8 @@ from polyrank.parts import optimizer as module
 from polyrank.parts.optimizer import GroupedOptimizer, build_optimizer, register_update
 from polyrank.parts.sparsify import AdamGate
 
+NAMES = ("adamw", "adam-gate")
+
 
 @pytest.fixture
 def pair():
@@ -125,7 +127,7 @@ def test_a_later_group_keeps_the_defaults_of_its_own_update(pair):
 
 def test_schedulers_that_look_at_the_defaults_are_served(pair):
     other = twin(pair)
-    mine = [{"params": [p], "lr": 0.1, "update": u} for p, u in zip(pair, ("adamw", "adam-gate"))]
+    mine = [{"params": [p], "lr": 0.1, "update": u} for p, u in zip(pair, NAMES, strict=True)]
     made = build_optimizer(mine, AdamW, {})
     alone = [AdamW([other[0]], lr=0.1), AdamGate([{"params": [other[1]], "lr": 0.1}])]
     cycles = [torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9) for o in (made, *alone)]

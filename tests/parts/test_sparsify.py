@@ -208,7 +208,7 @@ def test_the_mean_is_over_the_gates_of_all_layers_and_pulls_by_signs(monkeypatch
     adapter = pr.adapter_of(
         pr.adapt(net, pr.method("lora", r=3), ["0", "1"], rank_pattern={"1": 5})
     )
-    flat = FlatGates(adapter).vector()
+    (flat,) = FlatGates(adapter).vectors()
     assert flat.shape == (8,)
     flat[2] = 0.0
     penalty = GateNorm(0.7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -208,8 +209,10 @@ class Attachment:
             self.flow.attached.discard(self.adapter.name)
             self.flow.watchers.remove(self.begin)
             self.flow.aux = 1.0
-            for rule in self.rules:
-                rule.release()
+            with ExitStack() as rest:
+                # What one of them finds wrong must not keep the others from leaving.
+                for rule in reversed(self.rules):
+                    rest.callback(rule.release)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, plain values) of all rules."""

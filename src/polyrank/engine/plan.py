@@ -251,6 +251,8 @@ def offered(stream: Stream) -> set[str]:
         offers.add("passes")
     if all(task.classes for task in stream):
         offers.add("classes")
+    if all(task.size("validation") for task in stream):
+        offers.add("validation_rows")
     return offers
 
 

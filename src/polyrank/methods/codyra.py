@@ -27,13 +27,14 @@ Status: every formula tested; published figures not verified; on digits (`--reci
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from polyrank.frame import Adapter, Boundary, Core, Group, Loss, Method, Rule, Site, register
+from polyrank.frame import Adapter, Boundary, Core, Loss, Method, Rule, Site, register
 from polyrank.parts.contrast import TextLoss
 from polyrank.parts.gates import FORMS, STARTS
 from polyrank.parts.ramp import Ramp, TwinGate, gate_figures, too_short
+from polyrank.parts.rules import SecondBeta
 from polyrank.parts.settle import INTO, Settle
 
 
@@ -53,7 +54,8 @@ class CoDyRA(Method):
         into: "base"; "bank"; or "auto", the base if it is stored in fp32 or above, else the bank.
         lossy: whether "base" may be below fp32, which rounds a part of every update away.
         archive: whether absorbed ranks stay with the adapter, for the original base and exports.
-        beta_2: Adam's second decay; the optimiser's own is not read.
+        beta_2: Adam's second decay, set in the optimiser when rules meet it; the first is the
+            run's, and an optimiser without betas has none.
     """
 
     r: int = 16
@@ -96,8 +98,9 @@ class CoDyRA(Method):
         return TwinGate(site.r, start=self.start)
 
     def rules(self) -> list[Rule]:
-        """Shrink."""
-        return [Ramp(self.dense, self.levels, self.kappa_max, self.form, idle=self.idle)]
+        """Shrink, with the published second beta."""
+        ramp = Ramp(self.dense, self.levels, self.kappa_max, self.form, idle=self.idle)
+        return [ramp, SecondBeta(self.beta_2)]
 
     def losses(self) -> list[Loss]:
         """Return L_txt if it is asked for."""
@@ -106,11 +109,6 @@ class CoDyRA(Method):
     def boundary(self) -> Boundary:
         """Absorb, or freeze."""
         return Settle(self.name, self.into, lossy=self.lossy, archive=self.archive)
-
-    def groups(self, adapter: Adapter, args: Any = None) -> list[Group]:
-        """Return the usual groups with the published betas."""
-        betas = {"betas": (0.9, self.beta_2)}
-        return [replace(group, options=betas) for group in super().groups(adapter, args)]
 
     def parameters_per_site(self, site: Site) -> int:
         """r (d_in + d_out + 1)."""

@@ -23,13 +23,12 @@ Status: operators, optimiser, stages, pruning and exports tested; published figu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-import torch
-
 from polyrank.frame import Adapter, Boundary, Core, Group, Method, Penalty, Rule, Site, register
-from polyrank.parts.gates import FORMS, Shrinkage, StaticGate, kept_ranks, static_gates
+from polyrank.parts.gates import FORMS, Shrinkage, StaticGate, static_gates
+from polyrank.parts.ramp import gate_figures
 from polyrank.parts.sparsify import GateNorm, Levels, Recorded, Stages, Still
 
 
@@ -80,7 +79,8 @@ class SoRA(Method):
         if isinstance(self.schedule, list):
             object.__setattr__(self, "schedule", tuple(self.schedule))
         if self.schedule != "none":
-            object.__setattr__(self, "needs", frozenset({"boundary", "passes"}))
+            rows = {"validation_rows"} if self.check_every else set()
+            object.__setattr__(self, "needs", frozenset({"boundary", "passes", *rows}))
 
     def levels(self) -> Levels:
         """Return ξ by stage."""
@@ -94,11 +94,25 @@ class SoRA(Method):
         if not self.gate_lr > 0:
             yield f"gate_lr: got {self.gate_lr}, expected > 0; 1 is the rate of A and B"
         yield from self.levels().problems()
+        yield from self._idle()
         if self.shrink_only and (self.xi_scale == "rate" or self.schedule == "none"):
             yield (
                 f"shrink_only: got true with xi_scale={self.xi_scale!r}, schedule="
                 f"{self.schedule!r}, expected a constant ξ and several stages; leave it out"
             )
+
+    def _idle(self) -> Iterator[str]:
+        """Say which options would do nothing."""
+        listed, one = not isinstance(self.schedule, str), self.schedule == "none"
+        several = not one and (len(self.schedule) if listed else self.stages) > 1
+        none = ("xi", "xi_max", "stages") if listed else ("xi_max", "stages") if one else ()
+        none += () if several else ("stage_steps", "check_every")
+        for spec in fields(self):
+            if spec.name in none and (got := getattr(self, spec.name)) != spec.default:
+                yield (
+                    f"{spec.name}: got {got}, but with schedule={self.schedule!r} it does nothing; "
+                    f"leave it at {spec.default}"
+                )
 
     def core(self, site: Site) -> Core:
         """Return the gates of one layer."""
@@ -138,10 +152,7 @@ class SoRA(Method):
 
     def vital_sign(self, adapter: Adapter) -> dict[str, float]:
         """Return the mean number of kept ranks and the mean |g|, beside the size of B."""
-        kept = kept_ranks(adapter)
-        size = torch.cat([gate.detach() for _, gate in static_gates(adapter)]).abs().mean()
-        found = super().vital_sign(adapter)
-        return {**found, "kept_ranks": sum(kept.values()) / len(kept), "gate_size": float(size)}
+        return {**super().vital_sign(adapter), **gate_figures(adapter)}
 
     @classmethod
     def samples(cls) -> list[Method]:

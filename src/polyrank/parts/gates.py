@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
@@ -34,6 +35,8 @@ class StaticGate(Core):
         start: "normal", g ~ N(0, 1), or "ones".
     """
 
+    # Whether silent ranks may be cut for good; not where each task begins with all of them.
+    prunable: ClassVar[bool] = True
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"gate": ("rank",)}
     epilogue = "static"
     gates = frozenset({"gate"})
@@ -110,9 +113,27 @@ def kept_ranks(adapter: Adapter) -> dict[str, int]:
     gates = static_gates(adapter)
     if not gates:
         return {}
-    # One transfer for the whole model.
-    counts = torch.stack([(gate.detach() != 0).sum() for _, gate in gates]).tolist()
+    counts = counted([gate for _, gate in gates])
     return {layer.site.path: count for (layer, _), count in zip(gates, counts, strict=True)}
+
+
+def counted(vectors: Sequence[Tensor]) -> list[int]:
+    """Return how many entries of each vector are not zero, in one transfer from each device."""
+    found = [(vector.detach() != 0).sum() for vector in vectors]
+    return torch.stack(gathered(found)).tolist()
+
+
+def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors of a model that is spread over devices where the first one is."""
+    return [tensor.to(tensors[0].device) for tensor in tensors]
+
+
+def by_place(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Return the numbers of tensors that can be one vector: of one device and one dtype."""
+    places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        places.setdefault((tensor.device, tensor.dtype), []).append(number)
+    return list(places.values())
 
 
 def kept_parameters(adapter: Adapter) -> int:
@@ -132,12 +153,18 @@ def prune(model: nn.Module, *, adapter: str | None = None) -> dict[str, int]:
         How many ranks act, by site path.
 
     Raises:
-        ConfigError: if the adapter has no static gate.
+        ConfigError: if the adapter has no static gate, or needs its silent ranks in the next task.
         MergeError: if it is merged.
         RunError: if gates are not finite.
     """
     found = adapter_of(model, adapter)
     FlatGates(found).check_finite()
+    if not all(cast("StaticGate", layer.core).prunable for layer, _ in static_gates(found)):
+        raise ConfigError(
+            f"prune: a task of {found.method.name!r} ends by polyrank.settle(model, task=...), "
+            "which drops silent ranks and draws new ones; cut by hand, every later task would "
+            "begin with fewer. Use settle, or polyrank.export for a small copy"
+        )
     if any(found.name in view.module.merged_adapters for view in found.layers):
         raise MergeError(
             f"prune: adapter {found.name!r} is merged, and could not be taken out of the base any "
@@ -153,9 +180,9 @@ def prune(model: nn.Module, *, adapter: str | None = None) -> dict[str, int]:
 
 
 class FlatGates:
-    """All gates of an adapter as one flat fp32 vector, so that one kernel serves the whole model.
+    """All gates of an adapter as one flat fp32 vector a device, so that one kernel serves them all.
 
-    The parameters become views of it for a phase. Moving or copying a model cuts the views; then
+    The parameters become views of these for a phase. Moving or copying a model cuts the views; then
     they are bound anew at the next use.
 
     Args:
@@ -182,23 +209,30 @@ class FlatGates:
         self._bind()
 
     def _bind(self) -> None:
+        self.places = by_place(self.params)
         with torch.no_grad():
-            self.flat = torch.cat([p.detach().reshape(-1) for p in self.params])
-            for param, part in zip(self.params, self._parts(), strict=True):
+            self.flats = [
+                torch.cat([self.params[i].detach().reshape(-1) for i in place])
+                for place in self.places
+            ]
+            for param, part in self._pairs():
                 param.data = part
 
-    def _parts(self) -> tuple[Tensor, ...]:
-        return self.flat.split([p.numel() for p in self.params])
+    def _pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for place, flat in zip(self.places, self.flats, strict=True):
+            params = [self.params[i] for i in place]
+            yield from zip(params, flat.split([p.numel() for p in params]), strict=True)
 
-    def vector(self) -> Tensor:
-        """Return the flat vector; writing into it writes the gates."""
-        bound = all(
-            param.data_ptr() == part.data_ptr()
-            for param, part in zip(self.params, self._parts(), strict=True)
-        )
-        if not bound:
+    def vectors(self) -> list[Tensor]:
+        """Return the flat vector of each device; writing into one writes the gates."""
+        if any(param.data_ptr() != part.data_ptr() for param, part in self._pairs()):
             self._bind()
-        return self.flat
+        return self.flats
+
+    def shrink(self, threshold: float, form: str) -> None:
+        """Let every gate take the step T_κ of `shrink`."""
+        for flat in self.vectors():
+            flat.copy_(shrink(flat, threshold, form))
 
     def check_finite(self) -> None:
         """Refuse gates that are not finite: a NaN compares false and would stay for good.
@@ -206,7 +240,7 @@ class FlatGates:
         Raises:
             RunError: naming the first layer.
         """
-        if bool(self.vector().isfinite().all()):
+        if all(bool(flat.isfinite().all()) for flat in self.vectors()):
             return
         bad = [
             path
@@ -269,5 +303,13 @@ class Shrinkage(Rule):
             self.gates.check_finite()
         threshold = self.threshold(step)
         if threshold > 0:
-            flat = self.gates.vector()
-            flat.copy_(shrink(flat, threshold, self.form))
+            self.gates.shrink(threshold, self.form)
+
+    def release(self) -> None:
+        """See that what is left is finite, unless another error is on its way.
+
+        Raises:
+            RunError: if it is not.
+        """
+        if sys.exc_info()[0] is None:
+            self.gates.check_finite()

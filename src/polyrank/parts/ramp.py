@@ -12,7 +12,15 @@ from torch import nn
 
 from polyrank.errors import ConfigError
 from polyrank.frame import Adapter, Step, Workshop
-from polyrank.parts.gates import FlatGates, Shrinkage, StaticGate, kept_ranks, shrink, static_gates
+from polyrank.parts.gates import (
+    FlatGates,
+    Shrinkage,
+    StaticGate,
+    counted,
+    gathered,
+    kept_ranks,
+    static_gates,
+)
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -67,6 +75,7 @@ class TwinGate(StaticGate):
 
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"gate": ("rank",), "twin": ("rank",)}
     frozen = frozenset({"twin"})
+    prunable = False
 
     def __init__(self, r: int, *, start: str = "normal") -> None:
         super().__init__(r, start=start)
@@ -83,16 +92,16 @@ def twin_ranks(adapter: Adapter) -> dict[str, int]:
     layers = [layer for layer, _ in static_gates(adapter) if isinstance(layer.core, TwinGate)]
     if not layers:
         return {}
-    counts = torch.stack([(v.core.get_parameter("twin") != 0).sum() for v in layers]).tolist()
+    counts = counted([layer.core.get_parameter("twin") for layer in layers])
     return {layer.site.path: count for layer, count in zip(layers, counts, strict=True)}
 
 
 def gate_figures(adapter: Adapter) -> dict[str, float]:
-    """Return means over layers: ranks kept, ranks that twins kept, and over gates: |g|."""
-    sizes = torch.cat([gate.detach().abs() for _, gate in static_gates(adapter)])
+    """Return means over layers: ranks kept, those that twins kept if any; and over gates: |g|."""
+    sizes = gathered([gate.detach().abs() for _, gate in static_gates(adapter)])
     found = {"kept_ranks": kept_ranks(adapter), "twin_ranks": twin_ranks(adapter)}
-    means = {name: sum(ranks.values()) / len(ranks) for name, ranks in found.items()}
-    return {**means, "gate_size": float(sizes.mean())}
+    means = {name: sum(ranks.values()) / len(ranks) for name, ranks in found.items() if ranks}
+    return {**means, "gate_size": float(torch.cat(sizes).mean())}
 
 
 class Ramp(Shrinkage):
@@ -122,10 +131,15 @@ class Ramp(Shrinkage):
         Raises:
             ConfigError: if the number of updates is unknown, or too small for the levels.
         """
-        if step.total <= step.index:
+        if not step.total:
             raise ConfigError(
-                f"total: got update {step.index} of {step.total}, expected to know their number, "
-                "over which the thresholds rise; pass total=... to polyrank.attach"
+                "total: got 0, expected the number of updates, over which the thresholds rise; "
+                "pass total=... to polyrank.attach"
+            )
+        if step.index >= step.total:
+            raise ConfigError(
+                f"total: got update {step.index + 1}, expected {step.total} at most, as attach was "
+                "told; detach before the next task, or attach with the number of all updates"
             )
         if len(self.known) == step.total:
             return
@@ -143,5 +157,4 @@ class Ramp(Shrinkage):
         """Shrink all gates and all twins by the update's threshold."""
         super().after(step)
         if (threshold := self.threshold(step)) > 0:
-            flat = self.twins.vector()
-            flat.copy_(shrink(flat, threshold, self.form))
+            self.twins.shrink(threshold, self.form)

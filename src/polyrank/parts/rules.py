@@ -52,3 +52,24 @@ class Balance(Rule):
         for core, part in zip(cores, counts.split([len(part) for part in parts]), strict=True):
             core.balance(part, self.rate)
             core.counts = None
+
+
+class SecondBeta(Rule):
+    """Sets the second decay of Adam in the groups of an adapter; the first stays the run's own.
+
+    Optimisers without betas keep what they have.
+
+    Args:
+        beta_2: in [0, 1).
+    """
+
+    def __init__(self, beta_2: float) -> None:
+        self.beta_2 = beta_2
+
+    def bind(self, adapter: Adapter, optimizer: Optimizer, workshop: Workshop | None) -> None:
+        """Set it."""
+        mine = {id(p) for params in adapter.roles().values() for p in params}
+        for group in optimizer.param_groups:
+            if "betas" in group and any(id(p) in mine for p in group["params"]):
+                first, _, *rest = group["betas"]
+                group["betas"] = (first, self.beta_2, *rest)

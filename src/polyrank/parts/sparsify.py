@@ -27,7 +27,7 @@ from polyrank.frame import (
     Step,
     Workshop,
 )
-from polyrank.parts.gates import kept_ranks, static_gates
+from polyrank.parts.gates import gathered, kept_ranks, static_gates
 from polyrank.parts.optimizer import register_update
 from polyrank.parts.transforms import plain_lora
 
@@ -193,7 +193,7 @@ class GateNorm(Penalty):
 
     def __call__(self, adapter: Adapter, step: Step) -> Tensor:
         """Return the mean."""
-        return torch.cat(self.gates).abs().mean()
+        return torch.cat(gathered(self.gates)).abs().mean()
 
 
 class Still(Rule):

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from polyrank.errors import CheckpointError, ConfigError, MergeError
+from polyrank.errors import CheckpointError, ConfigError, MergeError, RunError
 from polyrank.frame import Method, Saved, Site, method
 from polyrank.layers.compat import get_pattern_key
 from polyrank.layers.views import wide
@@ -45,6 +45,7 @@ def plain_lora(saved: Saved, *, condition: Tensor | None = None) -> Saved:
             beside the linear layers, or absorbed updates were not archived.
         ConfigError: if it is no adapter of polyrank, or its head is more than a linear layer.
         CheckpointError: if config and tensors disagree.
+        RunError: if a factor is not finite.
     """
     config = saved.config
     if config.get("peft_type") != "POLYRANK":
@@ -95,8 +96,16 @@ def lora_of(
     Returns:
         The adapter; its plan holds the ranks by path, 0 for sites that were left out. An adapter
         without any rank keeps one of zeros, since PEFT loads none without targets.
+
+    Raises:
+        RunError: if a factor is not finite.
     """
     others = dict(others or {})
+    if bad := [p for p, pair in factors.items() if not all(t.isfinite().all() for t in pair)]:
+        raise RunError(
+            f"export: updates at {len(bad)} places hold NaN or infinity ({bad[0]} is the first); "
+            "look for a diverged training, and lower its learning rate"
+        )
     ranks = {path: A.shape[0] for path, (A, _) in factors.items()}
     kept = {path: pair for path, pair in factors.items() if ranks[path]}
     if not kept and factors:
