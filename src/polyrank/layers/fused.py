@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # The last input that was read by a layer for itself, and that layer; both held weakly.
 _LAST: list[weakref.ref[Any]] = []
+# What an adapter may hold beside its factors.
+_HELD = ("polyrank_bank", "polyrank_archive", "polyrank_shadow")
 # Forwards in a row that did not ask for what was computed ahead, before it is no longer computed.
 _PATIENCE = 3
 
@@ -82,24 +84,32 @@ def through(layer: AdaptedLinear, x: Tensor, flow: Flow) -> Tensor | None:
 
 def _view(layer: AdaptedLinear, x: Tensor) -> View | None:
     """The one adapter that acts here, if the fused road can serve it."""
-    base = layer.base_layer
+    # Looked up where modules keep them: their own look-up costs as much as a small kernel's start.
+    inside = layer._modules
+    base = cast("nn.Module", inside["base_layer"])
     if type(base) is not nn.Linear or layer.merged_adapters or _heard(base):
         return None
     names = layer.active_adapters
     view = layer.views.get(names[0]) if len(names) == 1 else None
-    if view is None or not owned(x, view.A.shape[0], view.core.epilogue):
+    if view is None or view.evaluating:
         return None
-    W, b, core = base.weight, base.bias, view.core
-    fits = W.dtype == x.dtype and W.device == x.device and not W.requires_grad
-    fits = fits and (b is None or not b.requires_grad) and type(W) is nn.Parameter
-    plain = core.epilogue != "python" and core.portion() is None and core.base_gain() is None
-    held = len(layer.polyrank_bank) or len(layer.polyrank_archive) or len(layer.polyrank_shadow)
-    plain = plain and not view.evaluating
-    plain = plain and not (held and (view.bank is not None or view.shadow is not None))
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        fits = fits and torch.get_autocast_dtype(device) == x.dtype
-    return view if fits and plain else None
+    core = view.core
+    if not owned(x, view.A.shape[0], core.epilogue):
+        return None
+    W, b, device = base._parameters["weight"], base._parameters["bias"], x.device
+    if type(W) is not nn.Parameter or W.requires_grad or W.dtype != x.dtype or W.device != device:
+        return None
+    if b is not None and b.requires_grad:
+        return None
+    if core.epilogue == "python" or core.portion() is not None or core.base_gain() is not None:
+        return None
+    held = any(cast("nn.Module", inside[name])._modules for name in _HELD)
+    if held and (view.bank is not None or view.shadow is not None):
+        return None
+    kind = device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
+        return None
+    return view
 
 
 def _heard(base: nn.Module) -> bool:

@@ -60,9 +60,9 @@ def _check(x: Tensor) -> None:
     Raises:
         NonFiniteError: Once; what is not finite was met by this call or an earlier one.
     """
-    if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or not launch.raised(x.device)[0]:
         return
-    if launch.raised(x.device)[0]:
+    if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         launch.raised(x.device)[0] = 0
         raise NonFiniteError(MESSAGE.format("some tokens"))
 
