@@ -13,6 +13,7 @@ from polyrank.errors import ConfigError, MergeError, RunError
 from polyrank.layers import AdaptedLinear, append, keep
 from polyrank.parts.gates import FORMS, kept_ranks, shrink
 from polyrank.parts.ramp import levels, twin_ranks
+from polyrank.parts.settle import settled_ranks
 from polyrank.testing import MODELS, assert_close
 
 SHORT = {"levels": 2, "dense": 0.0, "kappa_max": 0.05}
@@ -322,6 +323,63 @@ def test_a_quantised_base_is_refused_before_a_task_or_gets_a_bank(bench, monkeyp
             work.end()
             assert [len(v.bank[0]) for v in work.adapter.layers] == list(kept.values())
         monkeypatch.undo()
+
+
+# --- in one's own loop ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("into", ["base", "bank"])
+def test_a_task_ends_in_ones_own_loop_as_in_the_engine(bench, into, tmp_path):
+    works = [begun(bench, into=into, kappa_max=0.2) for _ in range(2)]
+    ours, theirs = works
+    for task in range(2):
+        for work in works:
+            if task:
+                work.begin(task)
+            work.steps(count=6)
+        drawn, before = gates_of(ours), ours.logits(ours.rows())
+        kept = kept_ranks(ours.adapter)
+        assert pr.settle(ours.model, task=task) == kept
+        theirs.end()
+        assert 0 < sum(kept.values()) < 8
+        assert_close(ours.logits(ours.rows()), before)
+        for mine, other in zip(ours.adapter.layers, theirs.adapter.layers, strict=True):
+            assert torch.equal(mine.module.dense_weight(), other.module.dense_weight())
+            for A, B in zip(settled_ranks(mine), settled_ranks(other), strict=True):
+                assert torch.equal(A, B)
+            # The draws of both are keyed differently.
+            with torch.no_grad():
+                for key, param in mine.core.named_parameters():
+                    other.core.get_parameter(key).copy_(param)
+                other.A.copy_(mine.A)
+        assert not any(map(torch.equal, drawn, gates_of(ours)))
+    ours.model.save_pretrained(tmp_path / "adapter")
+    # On the base from before, the archive acts.
+    torch.manual_seed(5)
+    base = type(ours.model.get_base_model())().double()
+    loaded = pr.load(base, tmp_path / "adapter", autocast_adapter_dtype=False).eval()
+    answers = loaded.double()(ours.rows()["x"])
+    # It was loaded in fp32.
+    assert_close(answers, ours.logits(ours.rows()), dtype=torch.float32)
+
+
+def test_what_ends_no_task_is_refused(bench):
+    work = begun(bench)
+    attached = pr.attach(pr.optimizer(work.model, lr=0.1), work.model, total=9)
+    work.nudge()
+    before = work.weights()
+    with pytest.raises(ConfigError, match=r"call detach\(\)"):
+        pr.settle(work.model, task=0)
+    attached.detach()
+    assert all(torch.equal(p, before[name]) for name, p in work.weights().items())
+    pr.settle(work.model, task=0)
+    with pytest.raises(RunError, match="train between two boundaries"):
+        pr.settle(work.model, task=1)
+    with pytest.raises(ConfigError, match=r"is 'lora', whose tasks do not end like this"):
+        pr.settle(bench("lora").model, task=0)
+    with pytest.raises(ConfigError, match=r"prune: a task of 'codyra' ends by polyrank\.settle"):
+        pr.prune(work.model)
+    assert [layer.site.r for layer in work.adapter.layers] == [4, 4]
 
 
 def test_presets_are_the_published_settings():

@@ -127,7 +127,7 @@ def test_an_exported_task_has_the_ranks_that_it_kept(finished):
         assert [plan["ranks"][path] for path in paths] == values[:-1, 2 * number].tolist()
 
 
-def test_a_bank_exports_the_same_updates_and_an_unarchived_base_none(tmp_path):
+def test_a_bank_exports_the_same_updates_and_an_unarchived_base_none(tmp_path, caplog):
     stream = few_digits(rows=12, tasks=2)
     done = {
         name: go(tmp_path / name, stream, **options)
@@ -138,6 +138,8 @@ def test_a_bank_exports_the_same_updates_and_an_unarchived_base_none(tmp_path):
         }.items()
     }
     assert "exports" not in done["bare"].system()
+    (told,) = [r.getMessage() for r in caplog.records if r.name == "polyrank.parts.settle"]
+    assert told == "codyra: nothing is exported, since the ranks of 2 tasks were not archived"
     first, second = (
         read_saved(done[name].path / next(iter(done[name].system()["exports"].values())))
         for name in ("base", "bank")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 
@@ -249,12 +250,25 @@ def test_every_stage_is_evaluated_and_its_kept_ranks_are_shown(staged):
         assert columns[3 + number] == tuple(kept)
 
 
-def test_what_is_kept_is_exported(staged):
+def test_every_stage_is_exported_as_a_plain_lora_that_answers_like_it(staged):
     result, _ = staged
-    folder = result.path / result.system()["exports"]["pruned"]
-    saved = read_saved(folder)
-    assert saved.config["peft_type"] == "LORA"
-    assert saved.plan["ranks"] == kept_ranks(pr.adapter_of(result.model))
+    exports = result.system()["exports"]
+    assert list(exports) == ["pruned", "stage-0", "stage-1"]
+    (figure,) = result.system()["figures"]
+    columns = list(zip(*figure["values"], strict=True))
+    pixels = torch.randn(3, 1, 8, 8, generator=keyed("pixels"))
+    model, answers = result.model.eval(), []
+    for (name, folder), counts in zip(exports.items(), [columns[5], *columns[3:5]], strict=True):
+        saved = read_saved(result.path / folder)
+        assert saved.config["peft_type"] == "LORA"
+        assert tuple(saved.plan["ranks"].values()) == counts
+        plain = PeftModel.from_pretrained(tiny_vit(len(saved.plan["labels"])), result.path / folder)
+        with torch.no_grad(), pr.view(model, name.replace("pruned", "")):
+            expected = model(pixel_values=pixels).logits
+        with torch.no_grad():
+            assert_close(plain.eval()(pixel_values=pixels).logits, expected)
+        answers.append(expected)
+    assert not any(map(torch.equal, answers, answers[1:]))
 
 
 def test_an_adapter_with_its_stages_is_loaded_with_all_of_them(staged):
@@ -296,7 +310,7 @@ def test_without_stages_it_is_one_phase_and_one_system(tmp_path):
     )
 
 
-def test_what_is_in_the_base_alone_is_not_exported(tmp_path):
+def test_what_is_in_the_base_alone_is_not_exported(tmp_path, caplog):
     result = engine.run(
         tiny_vit(),
         few_digits(rows=8, tasks=2),
@@ -308,6 +322,7 @@ def test_what_is_in_the_base_alone_is_not_exported(tmp_path):
         out=tmp_path / "run",
     )
     assert "exports" not in result.system()
+    assert "nothing is exported, since updates were absorbed and not archived" in caplog.text
     assert result.system()["figures"]
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import polyrank as pr
-from polyrank.errors import CheckpointError, ConfigError, MergeError
-from polyrank.frame import Saved, load_file, registry
-from polyrank.layers import absorb, adapter_of, append, saved_of
-from polyrank.parts.transforms import lora_of, plain_lora
+from polyrank.errors import CheckpointError, ConfigError, MergeError, RunError
+from polyrank.frame import Saved, keyed, load_file, registry
+from polyrank.io.adapters import write_saved
+from polyrank.layers import absorb, adapter_of, append, replica, saved_of
+from polyrank.parts.transforms import lora_of, of_replica, plain_lora
 from polyrank.testing import MODELS, Case, assert_close
 
 TOYS = Path(__file__).parents[1] / "contracts" / "toys"
@@ -202,3 +203,53 @@ def test_what_does_not_fit_its_config_is_refused():
     short = {**saved.tensors, f"{stem}_B.weight": saved.tensors[f"{stem}_B.weight"][:, :2]}
     with pytest.raises(CheckpointError, match="which do not fit"):
         plain_lora(Saved(tensors=short, config=saved.config))
+
+
+@pytest.mark.parametrize("banked", [False, True], ids=["live", "banked"])
+@pytest.mark.parametrize("absorbed", [False, True], ids=["original", "absorbed"])
+def test_a_replica_as_an_adapter_answers_like_its_view(tmp_path, banked, absorbed):
+    """Whatever lies below it, in a bank or in the base, and whatever has grown since."""
+    case = Case(pr.method("codyra", r=3, start="ones"), 0, MODELS["llama"])
+    model = case.build(init_weights=False)
+    shaken = keyed("replica")
+
+    def learn():
+        with torch.no_grad():
+            for layer in pr.adapter_of(model).layers:
+                layer.B.normal_(generator=shaken)
+                layer.core.gate.normal_(generator=shaken)
+
+    if absorbed:
+        learn()
+        absorb(model, archive=True)
+    if banked:
+        learn()
+        append(model, 2)
+    learn()
+    replica(model, "then")
+    with pr.view(model, "then"):
+        expected = case.answer(model)
+    learn()
+    if not absorbed:
+        append(model, 4)
+    found = of_replica(saved_of(model), "then")
+    assert not any("replica" in key for key in found.tensors)
+    for kind, saved in (("ours", found), ("stock", plain_lora(found))):
+        write_saved(saved, tmp_path / kind)
+        loaded = pr.load(case.tiny.build(), tmp_path / kind).eval()
+        assert_close(case.answer(loaded), expected)
+    with pytest.raises(ConfigError, match="replica: got 'now', but the adapter keeps then"):
+        of_replica(saved_of(model), "now")
+    with pytest.raises(ConfigError, match="replica: got 'then', but the adapter keeps none"):
+        of_replica(found, "then")
+
+
+@pytest.mark.parametrize("where", ["A", "B", "gate"])
+def test_an_update_that_is_not_finite_is_not_exported(where):
+    case = Case(pr.method("sora", r=3), 0, MODELS["llama"])
+    model = case.build(init_weights=False)
+    layer = pr.adapter_of(model).layers[1]
+    with torch.no_grad():
+        {"A": layer.A, "B": layer.B, "gate": layer.core.gate}[where].view(-1)[0] = float("nan")
+    with pytest.raises(RunError, match=f"1 places hold NaN or infinity .{layer.site.path}"):
+        plain_lora(saved_of(model))

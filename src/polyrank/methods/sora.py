@@ -105,7 +105,9 @@ class SoRA(Method):
         """Say which options would do nothing."""
         listed, one = not isinstance(self.schedule, str), self.schedule == "none"
         several = not one and (len(self.schedule) if listed else self.stages) > 1
-        none = ("xi", "xi_max", "stages") if listed else ("xi_max", "stages") if one else ()
+        none: tuple[str, ...] = (
+            ("xi", "xi_max", "stages") if listed else ("xi_max", "stages") if one else ()
+        )
         none += () if several else ("stage_steps", "check_every")
         for spec in fields(self):
             if spec.name in none and (got := getattr(self, spec.name)) != spec.default:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,13 +30,14 @@ from polyrank.frame import (
 )
 from polyrank.parts.gates import gathered, kept_ranks, static_gates
 from polyrank.parts.optimizer import register_update
-from polyrank.parts.transforms import plain_lora
+from polyrank.parts.transforms import of_replica, plain_lora
 
 if TYPE_CHECKING:
     from polyrank.layers import View
 
 SCHEDULES = ("none", "linear", "log_linear", "exp_linear")
 STAGE = "stage-"
+_log = logging.getLogger(__name__)
 
 
 def thresholds(kind: str, first: float, last: float, stages: int) -> list[float]:
@@ -231,11 +233,21 @@ class Recorded(Boundary):
         self.record(task, workshop)
 
     def exports(self, workshop: Workshop) -> dict[str, Saved]:
-        """Return the kept ranks; nothing if some of the update is in the base alone."""
+        """Return the kept ranks, and those of replicas that are stages, under their names.
+
+        Nothing if some of the update is in the base alone.
+        """
         views = [cast("View", layer) for layer in workshop.adapter.layers]
         if any(view.witness is not None and view.archive is None for view in views):
+            _log.warning(
+                "%s: nothing is exported, since updates were absorbed and not archived", self.name
+            )
             return {}
-        return {"pruned": plain_lora(workshop.saved())}
+        saved = workshop.saved()
+        replicas = {name for v in saved.config["sites"].values() for name in v.get("replicas", ())}
+        stages = sorted(name for name in replicas if name.startswith(STAGE))
+        found = {name: plain_lora(of_replica(saved, name)) for name in stages}
+        return {"pruned": plain_lora(saved), **found}
 
     def figures(self, workshop: Workshop, routing: dict[str, Any] | None) -> list[Figure]:
         """Return the kept ranks by layer, and by task and stage."""

@@ -19,6 +19,8 @@ _KEY = re.compile(r"(?:base_model\.model\.)?(.+?)\.(polyrank_[A-Za-z]+)\.(.+)")
 # What a LoRA keeps of the config it is made from.
 _COMMON = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "fan_in_fan_out")
 _MORE = ("trainable_token_indices",)
+# What the replicas of an adapter have in common with it.
+_SHARED = ("polyrank_shadow.", "polyrank_archive.")
 Parts = dict[str, Tensor]
 Factors = tuple[Tensor, Tensor]
 
@@ -79,6 +81,64 @@ def plain_lora(saved: Saved, *, condition: Tensor | None = None) -> Saved:
     labels = (config.get("head") or {}).get("names", [])
     found.plan = {"method": made.name, **found.plan, **({"labels": labels} if heads else {})}
     return found
+
+
+def of_replica(saved: Saved, name: str) -> Saved:
+    """Return an adapter that is what one of its replicas keeps: factors, core, head; no replicas.
+
+    What a replica shares stays: the shadow, and what was absorbed into the base.
+
+    Args:
+        saved: an adapter of polyrank.
+        name: of the replica.
+
+    Raises:
+        ConfigError: if the adapter keeps no such replica.
+    """
+    noted = saved.config.get("sites") or {}
+    known = sorted({each for site in noted.values() for each in site.get("replicas", {})})
+    if name not in known:
+        raise ConfigError(
+            f"replica: got {name!r}, but the adapter keeps {', '.join(known) or 'none'}; make one "
+            "with polyrank.layers.replica(model, name)"
+        )
+    sites, found = _parts(saved.tensors)
+    shapes = dict(noted)
+    for path, parts in sites.items():
+        if any("polyrank_head" in key for key in parts):
+            kept = _below(parts, f"polyrank_headcopy.{name}") or _below(parts, "polyrank_head")
+            live = {f"polyrank_head.{key}": tensor for key, tensor in kept.items()}
+        else:
+            live, shapes[path] = _revived(parts, noted[path], name)
+        found |= {f"{PREFIX}{path}.{key}": t.clone().contiguous() for key, t in live.items()}
+    config = {**saved.config, "sites": shapes}
+    if (head := config.get("head")) is not None:
+        names = head.get("replicas", {}).get(name, head["names"])
+        config["head"] = {"module": head["module"], "names": list(names)}
+    return Saved(tensors=found, config=config, plan=dict(saved.plan))
+
+
+def _revived(parts: Parts, noted: Mapping[str, Any], name: str) -> tuple[Parts, dict[str, Any]]:
+    """Return the tensors and the shapes of a site whose live ranks are those of a replica."""
+    held, archive = _below(parts, f"polyrank_replica.{name}"), _below(parts, "polyrank_archive")
+    A, B, (r, bank) = held.pop("A"), held.pop("B"), noted["replicas"][name]
+    absorbed = len(archive["A"]) if archive else 0
+    if absorbed and not torch.equal(A[:absorbed], archive["A"].to(A)):
+        # The base held it when the replica was made, so it does not stand in that one's bank.
+        absorbed = 0
+    # Ranks without a value come first: A then has more rows than B has columns.
+    last = B.shape[1] - (len(A) - bank)
+    found = {key: t for key, t in parts.items() if key.startswith(_SHARED)}
+    found |= {f"polyrank_{key}": t for key, t in held.items()}
+    found |= {"polyrank_A.weight": A[bank:], "polyrank_B.weight": B[:, last:]}
+    own = ("r", "bank", "bank_values", "segments", "order", "evaluating", "replicas")
+    shapes = {**{key: value for key, value in noted.items() if key not in own}, "r": r}
+    if bank > absorbed:
+        found |= {"polyrank_bank.A": A[absorbed:bank], "polyrank_bank.B": B[:, absorbed:last]}
+        shapes["bank"] = bank - absorbed
+        if last != bank:
+            shapes["bank_values"] = last - absorbed
+    return found, shapes
 
 
 def lora_of(
