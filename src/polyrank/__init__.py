@@ -33,11 +33,15 @@ _HOMES = {
     "Stream": "polyrank.streams",
     "Trainer": "polyrank.engine",
     "TrainerMixin": "polyrank.engine",
+    "absorb": "polyrank.layers",
     "adapt": "polyrank.layers",
     "adapter_of": "polyrank.layers",
     "altlora_optimizer": "polyrank.parts.alternating",
+    "append": "polyrank.layers",
+    "at_rank": "polyrank.parts.nested",
     "attach": "polyrank.engine",
     "attach_automatically": "polyrank.engine",
+    "compact": "polyrank.layers",
     "conditioned": "polyrank.layers",
     "export": "polyrank.io.adapters",
     "hotswap": "polyrank.layers",
@@ -51,7 +55,7 @@ _HOMES = {
     "prune": "polyrank.parts.gates",
     "register": "polyrank.frame",
     "run": "polyrank.engine",
-    "set_rank": "polyrank.parts.prefix",
+    "set_rank": "polyrank.parts.nested",
     "settle": "polyrank.parts.settle",
     "stream": "polyrank.streams",
     "truncate": "polyrank.layers",
@@ -69,7 +73,10 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    # Submodules that are loaded, but not what this file itself imports.
+    inner = {n for n, value in globals().items() if isinstance(value, ModuleType)}
+    inner = {name for name in inner if f"polyrank.{name}" in sys.modules and name[0] != "_"}
+    return sorted({*__all__, *inner, *(name for name in globals() if name[:2] == "__")})
 
 
 class _AfterPeft(importlib.abc.MetaPathFinder):

@@ -12,7 +12,7 @@ from torch import nn
 import polyrank as pr
 from polyrank.frame import Step, keyed
 from polyrank.layers import adapter_of, saved_of
-from polyrank.parts.prefix import at_rank, set_rank
+from polyrank import at_rank, set_rank
 from polyrank.parts.transforms import plain_lora
 from polyrank.testing import assert_close
 
@@ -256,7 +256,7 @@ def test_8_merging_takes_the_set_rank_and_gives_it_back():
 def test_9_exported_at_a_rank_it_is_a_plain_lora_of_that_rank():
     model, layer = made(filled=True, dtype=torch.float32)
     for b in (1, 3, 4):
-        with at_rank(adapter_of(model), b):
+        with at_rank(model, b):
             saved, expected = plain_lora(saved_of(model)), model(x(dtype=torch.float32))
         A, B = (saved.tensors[f"base_model.model.0.lora_{side}.weight"] for side in "AB")
         assert torch.equal(A, layer.A[:b])

@@ -11,10 +11,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import polyrank as pr
+from polyrank import at_rank, set_rank
 from polyrank.errors import RunError
 from polyrank.frame import Step
 from polyrank.layers import absorb, adapter_of, append, replica, truncate, view
-from polyrank.parts.prefix import Draw, at_rank, set_rank
+from polyrank.parts.prefix import Draw
 from polyrank.testing import assert_close
 
 R, D_IN, D_OUT = 4, 6, 5
@@ -67,7 +68,7 @@ def test_a_set_rank_is_saved_and_cut_adapters_are_smaller(tmp_path):
         about = json.loads((tmp_path / name / "adapter_config.json").read_text())
         assert about["options"]["r"] == R
     set_rank(again, 2)
-    with at_rank(adapter_of(model), 2):
+    with at_rank(model, 2):
         assert_close(again(x(dtype=torch.float32)), model(x(dtype=torch.float32)))
 
 

@@ -50,6 +50,8 @@ class Core(nn.Module):
         competing: True if a rank without a value still changes what others do, since it enters a
             norm or a selection: a bank must not grow before its last ranks were trained, and a
             rank whose value goes keeps its key.
+        ordered: True if a rank means something behind all earlier ones only, so that what is kept
+            of them is a prefix.
     """
 
     widths: tuple[int, int]
@@ -60,6 +62,7 @@ class Core(nn.Module):
     gates: frozenset[str] = frozenset()
     counting: bool = False
     competing: bool = False
+    ordered: bool = False
 
     def count(self, counts: Tensor) -> None:
         """Take the number of tokens that chose each rank.
@@ -76,6 +79,10 @@ class Core(nn.Module):
 
     def shortened(self, ranks: int) -> float:
         """Return the factor on the update once only the first `ranks` ranks are left."""
+        return 1.0
+
+    def faded(self, scale: float) -> float:
+        """Return the factor on the values of ranks that are frozen, in a layer of that scale."""
         return 1.0
 
     def settings(self) -> dict[str, Any]:

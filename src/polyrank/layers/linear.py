@@ -58,6 +58,7 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
         self.in_features, self.out_features = cast("tuple[int, int]", in_out_features(base_layer))
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.merged_settings: dict[str, dict[str, Any]] = {}
         self._active_adapter: str | list[str] = []
 
     # --- structure -------------------------------------------------------------------------------
@@ -95,8 +96,10 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
             )
         for replica, (r, bank) in shapes.get("replicas", {}).items():
             self._replicate_shape(name, replica, r, bank)
-        for each in self.cores(name):
-            each.configure(shapes.get("core", {}))
+        view.core.configure(shapes.get("core", {}))
+        for replica in shapes.get("replicas", {}):
+            kept = shapes.get("replica_cores", {}).get(replica, shapes.get("core", {}))
+            cast("Core", self.replica_of(name, replica).core).configure(kept)
         if seed is not None and view.A.device.type != "meta":
             view.fill(keyed(seed, name, site.path), started=started)
         self._move_adapter_to_device_of_base_layer(name)
@@ -121,6 +124,10 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
         if name in self.polyrank_replica:
             replicas = cast("nn.ModuleDict", self.polyrank_replica[name])
             found["replicas"] = {k: list(self.replica_of(name, k).shape) for k in sorted(replicas)}
+            cores = {k: cast("Core", self.replica_of(name, k).core) for k in sorted(replicas)}
+            set_there = {k: core.settings() for k, core in cores.items()}
+            if any(value != settings for value in set_there.values()):
+                found["replica_cores"] = set_there
         return found
 
     def fill(
@@ -325,6 +332,7 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
         for name in names:
             self.dense_weight().data = self._merged(name, safe_merge)
             self.merged_adapters.append(name)
+            self.merged_settings[name] = self.views[name].core.settings()
 
     def _merged(self, name: str, safe: bool) -> Tensor:
         """Return the base weight plus one adapter's update, in the dtype of the base."""
@@ -358,8 +366,12 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.views:
-                weight = self.dense_weight()
+                weight, core = self.dense_weight(), self.views[name].core
+                # What was set on the core since has not reached the weight.
+                now = core.settings()
+                core.configure(self.merged_settings.pop(name, now))
                 weight.data = (wide(weight.detach()) - self._update(name)).to(weight.dtype)
+                core.configure(now)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether the update is one matrix, so that PEFT can turn it into a plain LoRA."""

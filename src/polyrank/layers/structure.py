@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -108,17 +109,16 @@ def append(
         force: grow although the live ranks are untrained and would compete with all others.
 
     Raises:
-        ConfigError: if a core cannot stand behind a bank, what it weighs would compete with ranks
-            that were never trained, or an optimiser is attached; before anything changes.
+        ConfigError: if a core cannot stand behind a bank, an optimiser is attached, or no layer's
+            ranks have values and frozen they would compete all the same; before anything changes.
         RunError: if ranks are not finite; before anything changes.
+
+    Warns:
+        UserWarning: if some layers are like that and others not.
     """
     found = unattached(model, adapter, "append")
-    competing = any(view.core.competing for view in found.layers)
-    if competing and not force and not any(view.B.detach().any() for view in found.layers):
-        raise ConfigError(
-            f"append: the live ranks of adapter {found.name!r} have no values yet, and frozen like "
-            "this they would only take weight from others; train them first, or pass force=True"
-        )
+    if not force:
+        _check_values(found)
     if bad := [v.site.path for v in found.layers if not _finite(v)]:
         raise RunError(
             f"append: the ranks at {bad[0]} are not finite, and frozen they would stay so; look "
@@ -127,7 +127,10 @@ def append(
     if problems := [p for view in found.layers for p in _append_problems(view)][:1]:
         raise ConfigError(problems)
     for view in found.layers:
-        parts = [p for p in (view.bank, settled(view), *negated(view)) if p is not None]
+        A, B = settled(view)
+        faded = view.core.faded(view.scale)
+        settling = (A, B if faded == 1 else B * faded)
+        parts = [p for p in (view.bank, settling, *negated(view)) if p is not None]
         view.shadow = None
         A = torch.cat([part.detach() for part, _ in parts])
         B = torch.cat([part.detach() for _, part in parts], dim=1)
@@ -151,6 +154,31 @@ def append(
             layer.polyrank_core[name] = core
         layer.fill(name, seed, key, A.shape[0])
         note(model, view)
+
+
+def _check_values(found: ModelAdapter) -> None:
+    """Refuse to freeze ranks without values that would take weight from others.
+
+    Raises:
+        ConfigError: if no layer's have any.
+    """
+    competing = [view for view in found.layers if view.core.competing]
+    dead = [view.site.path for view in competing if not view.B.detach().any()]
+    if not dead:
+        return
+    names = ", ".join(dead[:3]) + (", …" if len(dead) > 3 else "")
+    if len(dead) == len(competing):
+        raise ConfigError(
+            f"append: the live ranks of adapter {found.name!r} have no values yet ({names}), and "
+            "frozen like this they would only take weight from others; train them first, or pass "
+            "force=True"
+        )
+    warnings.warn(
+        f"append: at {len(dead)} of {len(competing)} layers the live ranks have no values "
+        f"({names}) and will only take weight from others; see whether data reach these layers, "
+        "or leave them out of the targets",
+        stacklevel=3,
+    )
 
 
 def _finite(view: View) -> bool:
@@ -207,12 +235,24 @@ def redraw(
 def keep(model: nn.Module, view: View, ranks: Tensor) -> None:
     """Keep some live ranks of one layer, in the given order, by the axes that its core declares.
 
+    The scale of the layer stays; a factor that the core has for so many ranks goes into B. What was
+    set on the core stays set.
+
     Args:
         model: the PEFT model, whose config learns the new rank.
         view: the layer.
         ranks: (n,) int64 indices into the live ranks, 1 <= n.
+
+    Raises:
+        ConfigError: for other numbers, ranks that the core keeps in order, or a setting of the core
+            that does not fit so few; before anything changes.
     """
     unattached(model, view.name, "keep")
+    _cut(model, view, ranks, view.core.settings())
+
+
+def _cut(model: nn.Module, view: View, ranks: Tensor, settings: dict[str, Any]) -> None:
+    """Keep some live ranks of one layer, and set on the core what `settings` says."""
     core, layer, name, r = view.core, view.module, view.name, view.A.shape[0]
     if core.widths != (r, r):
         raise ConfigError(
@@ -230,14 +270,22 @@ def keep(model: nn.Module, view: View, ranks: Tensor) -> None:
             f"keep: got ranks {ranks.tolist()} at {view.site.path}, expected different numbers out "
             f"of 0..{r - 1}, one at least"
         )
+    if core.ordered and ranks.tolist() != list(range(len(ranks))):
+        raise ConfigError(
+            f"keep: the ranks of the core {type(core).__name__} are ordered, got {ranks.tolist()} "
+            f"at {view.site.path}; keep the first ones, 0..{len(ranks) - 1}, or truncate the model"
+        )
     ranks = ranks.to(view.A.device)
-    site = _resized(view, len(ranks))
+    site, gain = _resized(view, len(ranks)), core.shortened(len(ranks))
     fresh = view.method.core(site)
+    fresh.configure(settings)
     if view.bank is not None:
         fresh.banked(view.bank[0].shape[0])
     values = {key: _picked(core, key, param, ranks) for key, param in core.named_parameters()}
     with torch.no_grad(), rebuilt(view):
         A, B = view.A.index_select(0, ranks), view.B.index_select(1, ranks)
+        # Into the live ranks alone: bank, archive, shadow and replicas share the layer's scale.
+        B = B if gain == 1 else B * gain
         for key, param in fresh.named_parameters():
             param.data = values[key]
         view.site = site
@@ -250,7 +298,8 @@ def keep(model: nn.Module, view: View, ranks: Tensor) -> None:
 def truncate(model: nn.Module, r: int, *, adapter: str | None = None) -> None:
     """Keep the first r ranks of every layer for good; the rest and their room are gone.
 
-    The scale stays, unless the core's factor on the update depends on how many ranks are left.
+    The scale of a layer stays; a factor that its core has for so many ranks goes into B. What was
+    set on a core, as a rank to act at, is reset: all ranks that are left act. Replicas stay whole.
 
     Args:
         model: a PEFT model with a polyrank adapter.
@@ -274,10 +323,7 @@ def truncate(model: nn.Module, r: int, *, adapter: str | None = None) -> None:
         # A core that has no such form says so here, before any layer is cut.
         view.method.core(_resized(view, r))
     for view in found.layers:
-        gain = view.core.shortened(r)
-        keep(model, view, torch.arange(r))
-        view.scale *= gain
-        note(model, view)
+        _cut(model, view, torch.arange(r), {})
 
 
 def _picked(core: Core, key: str, param: Tensor, ranks: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from polyrank.frame import Adapter, Boundary, Core, Group, Method, Rule, Site, register
-from polyrank.parts import prefix, rows
+from polyrank.parts import nested, prefix, rows
 
 
 @register
@@ -107,7 +107,7 @@ class DyLoRA(Method):
     def boundary(self) -> Boundary:
         """Evaluate several ranks, r_max first, and export some."""
         powers = prefix.powers(self.r_min, self.top)
-        return prefix.nested(self.top, self.evaluate or powers, self.exports)
+        return nested.nested(self.top, self.evaluate or powers, self.exports)
 
     def vital_sign(self, adapter: Adapter) -> dict[str, float]:
         """Return the weight of the first half of the ranks, beside the size of B."""

@@ -26,12 +26,14 @@ Status: formula, growth and resumption tested; the paper's figures not verified;
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from polyrank.errors import ConfigError
 from polyrank.frame import SCALINGS, Adapter, Boundary, Core, Method, Site, register
 from polyrank.parts.boundaries import Append
 from polyrank.parts.selfgate import SelfGate
@@ -51,8 +53,7 @@ class SelfActivatedRanks(Method):
         alpha: numerator of the scaling c.
         scaling: of c; "alpha" takes it as it is.
         strict: whether k = 1 is an error, or counts as 2 as in both programs.
-        released: whether frozen ranks lose c and ranks are added as soon as a task ends, as in the
-            program for language models.
+        released: whether frozen ranks lose c and a task that ends adds ranks, as theirs for text.
     """
 
     r: int = 16
@@ -77,12 +78,12 @@ class SelfActivatedRanks(Method):
 
     def problems(self) -> Iterator[str]:
         """Check the gate."""
-        if self.k is not None:
-            least = 2 if self.strict else 1
-            if not isinstance(self.k, int) or isinstance(self.k, bool):
-                yield f"k: got {self.k!r}, expected an integer, or null for as many as r"
-            elif self.k < least:
-                yield f"k: got {self.k}, expected >= {least}; one rank alone teaches no selection"
+        k, said = (self.r, ", as many as r") if self.k is None else (self.k, "")
+        least = 2 if self.strict else 1
+        if not isinstance(k, numbers.Integral) or isinstance(k, bool):
+            yield f"k: got {k!r}, expected an integer, or null for as many as r"
+        elif k < least:
+            yield f"k: got {k}{said}, expected >= {least}; one rank alone teaches no selection"
         if not self.tau > 0:
             yield f"tau: got {self.tau}, expected > 0; 0.01 to 0.1 are common"
         if not 0 <= self.delta <= 1:
@@ -92,9 +93,11 @@ class SelfActivatedRanks(Method):
 
     def core(self, site: Site) -> Core:
         """Return the gate of one layer."""
-        k = site.r if self.k is None else self.k
-        fading = 1 / self.scale(site) if self.released else 1.0
-        return SelfGate(site.r, k=k, tau=self.tau, delta=self.delta, eps=self.eps, fading=fading)
+        k = site.r if self.k is None else int(self.k)
+        if self.strict and k < 2:
+            raise ConfigError(f"k at {site.path!r}: got {k}, the rank there, expected >= 2; set k")
+        given = {"tau": self.tau, "delta": self.delta, "eps": self.eps}
+        return SelfGate(site.r, k=k, **given, fades=self.released)
 
     def boundary(self) -> Boundary:
         """Freeze the last task's ranks and add new ones."""

@@ -5,34 +5,28 @@ from __future__ import annotations
 import bisect
 import itertools
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from polyrank.errors import ConfigError, MergeError, RunError
+from polyrank.errors import ConfigError, RunError
 from polyrank.frame import (
     Adapter,
-    Boundary,
     Core,
     Flow,
     Portion,
     Rule,
-    Saved,
     Site,
     Step,
     Workshop,
     keyed,
 )
-from polyrank.layers import View, adapter_of
-from polyrank.layers.structure import config_of
 from polyrank.ops.rank_gate import Epilogue
 from polyrank.parts.rows import ROWS
-from polyrank.parts.transforms import plain_lora
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -52,6 +46,7 @@ class Prefix(Core):
     """
 
     epilogue = "none"
+    ordered = True
 
     def __init__(self, gains: Sequence[float], least: int, most: int, *, newest: bool) -> None:
         super().__init__()
@@ -90,6 +85,11 @@ class Prefix(Core):
 
     def _held(self) -> int:
         return self.drawn - 1 if self.drawn and self.newest else 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be a copy that is in no update."""
+        super().__setstate__(state)
+        self.draw(0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prefix:
         super()._apply(fn, recurse)
@@ -227,53 +227,6 @@ def prefixes(adapter: Adapter) -> list[Prefix]:
     return cores
 
 
-def set_rank(model: nn.Module, rank: int, *, adapter: str | None = None) -> None:
-    """Let an adapter with nested ranks act with its first `rank` ranks; saved with it.
-
-    The other ranks stay where they are, and a training update still draws its own.
-
-    Args:
-        model: a PEFT model with such an adapter.
-        rank: within the bounds that it was trained for.
-        adapter: its name; None is the active one.
-
-    Raises:
-        ConfigError: for another number, or an adapter without nested ranks.
-        MergeError: if the adapter is merged, at the rank that it has now.
-    """
-    found = adapter_of(model, adapter)
-    if any(found.name in view.module.merged_adapters for view in found.layers):
-        raise MergeError(
-            f"rank: adapter {found.name!r} is merged at rank {prefixes(found)[0].rank}, and taking "
-            "it out again needs that one; call unmerge_adapter() first"
-        )
-    _choose(found, rank)
-    sites = config_of(model, found.name).sites
-    for view in found.layers:
-        sites[view.site.path] = view.module.shapes(found.name)
-
-
-def _choose(adapter: Adapter, rank: int) -> None:
-    first = prefixes(adapter)[0]
-    rank = checked_rank(rank, first.least, first.most)
-    for layer in adapter.layers:
-        view = cast("View", layer)
-        # Views of the past act at the same rank.
-        for core in cast("list[Prefix]", view.module.cores(view.name)):
-            core.choose(rank)
-
-
-@contextmanager
-def at_rank(adapter: Adapter, rank: int) -> Iterator[None]:
-    """Let an adapter act with its first `rank` ranks inside the block."""
-    before = prefixes(adapter)[0].rank
-    _choose(adapter, rank)
-    try:
-        yield
-    finally:
-        _choose(adapter, before)
-
-
 class Draw(Rule):
     """Draws one rank for every update, the same in all layers, micro-batches and processes.
 
@@ -347,45 +300,3 @@ class Draw(Rule):
                 "same seed, task, phase and number of updates"
             )
         self.agreed = True
-
-
-class Nested(Boundary):
-    """Exports an adapter with nested ranks at some of them, after the last task.
-
-    Args:
-        exported: ranks, each of which gives a plain LoRA.
-    """
-
-    def __init__(self, exported: Sequence[int] = ()) -> None:
-        self.exported = exported
-
-    def exports(self, workshop: Workshop) -> dict[str, Saved]:
-        """Return one plain LoRA a rank."""
-        found = {}
-        for b in self.exported:
-            with at_rank(workshop.adapter, b):
-                found[f"rank-{b}"] = plain_lora(workshop.saved())
-        return found
-
-
-class Several(Nested):
-    """Evaluates an adapter with nested ranks at several of them.
-
-    Args:
-        evaluated: ranks, the adapter's own first.
-        exported: as in `Nested`.
-    """
-
-    def __init__(self, evaluated: Sequence[int], exported: Sequence[int] = ()) -> None:
-        super().__init__(exported)
-        self.evaluated = evaluated
-
-    def deploys(self, workshop: Workshop) -> dict[str, AbstractContextManager[Any]]:
-        """Return one model a rank."""
-        return {f"rank {b}": at_rank(workshop.adapter, b) for b in self.evaluated}
-
-
-def nested(top: int, evaluated: Iterable[int], exported: Sequence[int]) -> Nested:
-    """Return the boundary that evaluates `top` and then the others, and exports some ranks."""
-    others = sorted({*evaluated} - {top})
-    return Several([top, *others], exported) if others else Nested(exported)

@@ -28,7 +28,7 @@ class SelfGate(Core):
         tau: temperature, > 0.
         delta: least s of a kept rank in evaluation, in [0, 1].
         eps: lower bound of ‖z‖, > 0.
-        fading: factor of the values of ranks that are frozen.
+        fades: whether values of ranks that are frozen lose the scale of their layer.
     """
 
     merges = "never"
@@ -36,10 +36,10 @@ class SelfGate(Core):
     competing = True
 
     def __init__(
-        self, r: int, *, k: int, tau: float, delta: float, eps: float, fading: float = 1.0
+        self, r: int, *, k: int, tau: float, delta: float, eps: float, fades: bool = False
     ) -> None:
         super().__init__()
-        self.widths, self.fading = (r, r), fading
+        self.widths, self.fades = (r, r), fades
         if k > r:
             _say_clipped(k, r)
         self.learning = Epilogue(kind="self", k=max(k, 2), tau=tau, eps=eps)
@@ -49,8 +49,12 @@ class SelfGate(Core):
         """Frozen ranks compete like the live ones; nothing has to be counted."""
 
     def settle(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the factors as they are, but for what `fading` takes from B."""
-        return A, B * self.fading if self.fading != 1 else B
+        """Return the factors as they are: the gate goes on."""
+        return A, B
+
+    def faded(self, scale: float) -> float:
+        """Return 1 / scale, if ranks fade."""
+        return 1 / scale if self.fades else 1.0
 
     def fused(self) -> Epilogue:
         """Return the operator's form; the threshold belongs to evaluation."""

@@ -137,7 +137,10 @@ def _revived(parts: Parts, noted: Mapping[str, Any], name: str) -> tuple[Parts, 
         found |= {"polyrank_bank.A": A[absorbed:bank], "polyrank_bank.B": B[:, absorbed:last]}
         shapes["bank"] = bank - absorbed
         if last != bank:
+    own += ("core", "replica_cores")
             shapes["bank_values"] = last - absorbed
+    if core := noted.get("replica_cores", {}).get(name, noted.get("core")):
+        shapes["core"] = core
     return found, shapes
 
 
