@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from peft import PeftModel
 
 import polyrank as pr
@@ -28,17 +27,28 @@ def written(asked, results):
     folder.finish()
 
 
-def test_a_system_of_a_run_becomes_a_lora(capsys, run_results):
+def test_a_system_of_a_run_becomes_a_lora(capsys, run_results, monkeypatch):
     case = Case(pr.method("lora", r=2, scaling="alpha"), 0, MODELS["vit"])
+    based = case.tiny.build()
+    based.save_pretrained("base")
     model = case.build(head={"module": "classifier", "names": [*"abcd"]}, init_weights=False)
     written(*run_results)
+    model.peft_config["default"].base_model_name_or_path = str(Path("base").resolve())
     model.save_pretrained("run/adapters/other")
     said = called(capsys, "run", "out", "--system", "other").out
-    assert said.splitlines()[1:] == ["for a base with 4 classes: a, b, c, d", "out"]
-    base = case.tiny.build()
-    base.classifier = torch.nn.Linear(base.classifier.in_features, 4)
-    loaded = PeftModel.from_pretrained(base, "out").eval()
-    assert_close(case.answer(loaded), case.answer(model))
+    _, classes, out, *lines = said.splitlines()
+    assert [classes, out] == ["for a base with 4 classes: a, b, c, d", "out"]
+    # The lines that it prints are what a reader types next, and README.md holds them too.
+    names = {}
+    exec("\n".join(lines), names)
+    assert_close(case.answer(names["model"].eval()), case.answer(model))
+    card = Path("out/README.md").read_text(encoding="utf-8")
+    assert "- Classes: a, b, c, d." in card
+    assert "Base: `../base`, seen from this folder." in card
+    code = card.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir("out")
+    exec(code, names)
+    assert_close(case.answer(names["model"].eval()), case.answer(model))
 
 
 def test_an_adapter_becomes_a_lora(capsys, tmp_path):
@@ -67,13 +77,37 @@ def test_an_adapter_becomes_a_lora(capsys, tmp_path):
             "got 'lroa', expected one of lora, other; did",
         ),
         (("run", "out"), "is missing, expected what the run saved; repeat the run"),
+        (("run", "out", "--system", "lora r=2"), "is missing, expected what the run saved"),
+        (("run", "out", "--system", "probe"), "lora, other; probe trains no adapter"),
+        (
+            ("run", "out", "--system", "lora (stage-0)"),
+            "that one was exported by the run: run/exports/lora/stage-0",
+        ),
+        (
+            ("run", "out", "--system", "lora r=2 (rank 1)"),
+            "rank 1 is no adapter of its own, but was evaluated out of lora, whose adapter",
+        ),
+        (("plain", "out"), "it is already an ordinary LoRA"),
     ],
-    ids=["nothing", "no-run", "format", "routed", "system", "deleted"],
+    ids=[
+        "nothing",
+        "no-run",
+        "format",
+        "routed",
+        "system",
+        "deleted",
+        "label",
+        "probe",
+        "stage",
+        "rank",
+        "plain",
+    ],
 )
 def test_bad_words_end_with_one_clear_error_and_no_folder(capsys, words, says, run_results):
     for name, options in (("made", {"method": "lora"}), ("routed", {"method": "smora"})):
         method = pr.method(options["method"], **({"k": 2} if name == "routed" else {}))
         Case(method, 0, MODELS["llama"]).build().save_pretrained(name)
+    pr.export(Case(pr.method("lora"), 0, MODELS["llama"]).build(), "plain")
     written(*run_results)
     captured = called(capsys, *words, code=2)
     (line,) = captured.err.splitlines()
@@ -95,4 +129,10 @@ def run_results():
     probe = {**system, "name": "probe", "role": "reference", "adapter": None}
     other = {**probe, "name": "other", "adapter": "adapters/other"}
     mine = {**system, "adapter": "adapters/lora"}
-    return asked, {"tasks": [task], "systems": [mine, other, probe]}
+    mine["exports"] = {"stage-0": "exports/lora/stage-0"}
+    parts = [
+        {**mine, "name": f"lora@{part}", "label": f"lora r=2 ({part})", "deploy": part}
+        | {"adapter": None, "exports": None}
+        for part in ("stage-0", "rank 1")
+    ]
+    return asked, {"tasks": [task], "systems": [mine, *parts, other, probe]}

@@ -120,8 +120,15 @@ def test_a_run_killed_after_its_last_task_leaves_the_same(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", monkeypatch)
     monkeypatch.setattr(machine.Engine, "_entries", entries)
-    resumed = run(tmp_path / "run", monkeypatch)
-    events = list(pr.io.RunFolder.open(tmp_path / "run").events())
+    # Its base lies elsewhere by now, which is nothing that PEFT should warn of.
+    (tmp_path / "run").rename(tmp_path / "moved")
+    resumed = run(tmp_path / "moved", monkeypatch)
+    for place in ("adapters/archived", "adapters/sequential", "exports/archived/task-1"):
+        about = json.loads((tmp_path / "moved" / place / "adapter_config.json").read_text())
+        assert about["base_model_name_or_path"] == str((tmp_path / "moved" / "base").resolve())
+        card = (tmp_path / "moved" / place / "README.md").read_text()
+        assert f"`{'/'.join(['..'] * (place.count('/') + 1))}/base`, seen from this folder" in card
+    events = list(pr.io.RunFolder.open(tmp_path / "moved").events())
     begun = [e["system"] for e in events if e["event"] == "task_start"]
     assert len(begun) == 4
     assert len([e for e in events if e["event"] == "resumed"]) == 1
@@ -129,7 +136,7 @@ def test_a_run_killed_after_its_last_task_leaves_the_same(tmp_path, monkeypatch)
         assert str(resumed.system()[key]) == str(whole.system()[key])
     for name in ("task-0", "task-1"):
         one, other = (
-            read_saved(tmp_path / r / "exports/archived" / name) for r in ("run", "whole")
+            read_saved(tmp_path / r / "exports/archived" / name) for r in ("moved", "whole")
         )
         assert all(torch.equal(other.tensors[key], tensor) for key, tensor in one.tensors.items())
 

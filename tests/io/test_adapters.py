@@ -179,6 +179,7 @@ def test_an_older_export_gives_way_and_other_files_stay(tmp_path):
     write_saved(saved, out)
     write_saved(plain_lora(saved), out)
     assert {path.name for path in out.iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "polyrank_plan.json",

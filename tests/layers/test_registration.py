@@ -147,8 +147,29 @@ def test_the_config_that_comes_back_from_json_holds_the_member(case, trained, fo
     assert config.build() == pr.method("smora", r=4, k=2)
 
 
-def test_the_model_card_names_polyrank(case, folder):
-    saved = folder(case("lora", r=2).build())
-    with open(f"{saved}/README.md", encoding="utf-8") as stream:
-        card = stream.read()
-    assert "- polyrank" in card
+def test_the_model_card_says_what_it_is_and_how_it_is_loaded(case, tmp_path):
+    base = case("lora").tiny.build()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    model = pr.adapt(base, pr.method("lora", r=2))
+    path = tmp_path / "adapters" / "mine"
+    model.save_pretrained(path)
+    card = (path / "README.md").read_text(encoding="utf-8")
+    assert "- polyrank\n" in card.split("---")[1]
+    assert "[More Information Needed]" not in card
+    assert "- Method: `lora`" in card
+    assert "`r=2 alpha=16.0 scaling=alpha/r dropout=0.0 lr_ratio=1.0`" in card
+    assert "- Base: `../../base`, seen from this folder." in card
+    names = {}
+    code = card.partition("```python\n")[2].partition("```")[0]
+    exec(code.replace('folder = "."', f'folder = "{path}"'), names)
+    assert names["model"].peft_config["default"].build() == pr.method("lora", r=2)
+
+    # It follows the adapter until somebody takes it over.
+    pr.truncate(model, 1)
+    model.save_pretrained(path)
+    card = (path / "README.md").read_text(encoding="utf-8")
+    assert card.count("# An adapter of polyrank") == 1
+    (path / "README.md").write_text("---\nlicense: mit\n---\nMine.\n", encoding="utf-8")
+    model.save_pretrained(path)
+    assert "\nMine.\n" in (path / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from polyrank.errors import CheckpointError, ConfigError, RunError, nearest
+from polyrank.cli.sources import adapter_in
 
 HELP = """Write an adapter as an ordinary LoRA, which PEFT loads without polyrank.
 
@@ -37,9 +37,9 @@ def command(
     ] = None,
 ) -> None:
     """Read, convert, write, say what it has become."""
-    folder = _adapter(source, system)
+    folder = adapter_in(source, system)
     from polyrank import frame
-    from polyrank.io.adapters import converted, read_saved, write_saved
+    from polyrank.io.adapters import converted, loading_of, read_saved, write_saved
 
     if method_file is not None:
         frame.load_file(method_file)
@@ -52,28 +52,5 @@ def command(
         elif key == "labels":
             typer.echo(f"for a base with {len(values)} classes: {', '.join(values)}")
     typer.echo(str(out))
-
-
-def _adapter(source: Path, system: str | None) -> Path:
-    """Return the folder of an adapter, looked up in results.json if a run was given."""
-    if (source / "adapter_config.json").is_file():
-        if system is not None:
-            raise ConfigError(f"system: {source} is an adapter, not a run; leave --system out")
-        return source
-    if not (source / "run.json").is_file():
-        raise CheckpointError(
-            f"{source}: holds neither run.json nor adapter_config.json, expected a run or an "
-            "adapter; check the path"
-        )
-    from polyrank.io import RunFolder
-
-    systems = RunFolder.open(source).results()["systems"]
-    held = {entry["name"]: entry["adapter"] for entry in systems if entry["adapter"]}
-    name = system or next((s["name"] for s in systems if s["role"] == "method"), "")
-    if name not in held:
-        hint = nearest(name, held) or " choose one"
-        raise ConfigError(f"system: got {name!r}, expected one of {', '.join(held)};{hint}")
-    folder = source / str(held[name])
-    if not folder.is_dir():
-        raise RunError(f"{folder}: is missing, expected what the run saved; repeat the run")
-    return folder
+    for line in loading_of(found, out):
+        typer.echo(line)

@@ -140,16 +140,26 @@ class Engine:
             pause=self._pause,
             general=general,
         )
+        mine = self._copy(base)
         if kept is not None:
-            return Course.restored(services, system, copy.deepcopy(base), kept["course"])
+            return Course.restored(services, system, mine, kept["course"])
         model = adapt(
-            copy.deepcopy(base),
+            mine,
             system.method,
             self.base.targets_for(self.plan.target_modules),
             head=self.base.head,
             seed=seed_of(self.seed, "adapter"),
         )
         return Course(services, system, model)
+
+    def _copy(self, base: nn.Module) -> nn.Module:
+        """Return a copy of the base for one system; adapters name the run's own if it keeps one."""
+        mine: Any = copy.deepcopy(base)
+        place = self.folder.path / "base"
+        if place.is_dir():
+            mine.name_or_path = str(place.resolve())
+            mine.config._name_or_path = mine.name_or_path
+        return cast("nn.Module", mine)
 
     def _reader(self, reader: Reader, model: nn.Module, system: System) -> Reader:
         """Return a reader of a course's own, which runs frozen layers once a row if it can."""

@@ -60,6 +60,8 @@ def restore_model(base: nn.Module, state: dict[str, Any]) -> nn.Module:
         held = cast("Tensor", base.get_submodule(path).weight)
         held.data = weight.to(held.device)
     config = PolyrankConfig(**{k: v for k, v in kept.items() if k != "peft_type"})
+    # The base is that of the run wherever it lies now, so that PEFT need not warn.
+    config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
     model = cast("nn.Module", get_peft_model(cast("Any", base), config, state["adapter"]))
     own = {name: value for name, value in model.state_dict().items() if MARK in name}
     tensors = state["tensors"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,10 +16,12 @@ from polyrank.errors import CheckpointError, ConfigError, RunError, nearest
 from polyrank.frame import Saved
 from polyrank.io.files import read_json, write_bytes, write_json
 from polyrank.layers import saved_of
+from polyrank.layers.card import card, loading
 from polyrank.parts.transforms import plain_lora
 
 CONFIG, TENSORS, PLAN = "adapter_config.json", "adapter_model.safetensors", "polyrank_plan.json"
-_OURS = frozenset({CONFIG, TENSORS, PLAN, "README.md"})
+CARD = "README.md"
+_OURS = frozenset({CONFIG, TENSORS, PLAN, CARD})
 
 
 def _same(saved: Saved) -> Saved:
@@ -93,8 +96,16 @@ def read_saved(folder: str | os.PathLike[str]) -> Saved:
     return Saved(tensors=tensors, config=read_json(folder / CONFIG), plan=plan)
 
 
+def loading_of(saved: Saved, folder: str | os.PathLike[str]) -> list[str]:
+    """Return the lines of Python that put an adapter in a folder onto its base."""
+    base = saved.config.get("base_model_name_or_path") or "BASE"
+    return loading(saved.config, saved.plan, json.dumps(str(base)), json.dumps(str(folder)))
+
+
 def write_saved(saved: Saved, folder: str | os.PathLike[str]) -> Path:
     """Write an adapter beside `folder` and rename it there; an older adapter gives way.
+
+    Its README.md says what it is and how it is loaded.
 
     Raises:
         RunError: if the folder holds something else, or cannot be written.
@@ -109,6 +120,7 @@ def write_saved(saved: Saved, folder: str | os.PathLike[str]) -> Path:
     write_bytes(aside / TENSORS, save(held, metadata={"format": "pt"}))
     if saved.plan:
         write_json(aside / PLAN, saved.plan)
+    write_bytes(aside / CARD, card(saved.config, saved.plan, folder).encode())
     try:
         if folder.exists():
             folder.replace(old)

@@ -11,6 +11,7 @@ from peft.utils import PeftType
 
 from polyrank.errors import CheckpointError, ConfigError
 from polyrank.frame import Method, method
+from polyrank.layers.card import write_card
 
 SCHEMA = 1
 
@@ -143,3 +144,9 @@ class PolyrankConfig(PeftConfig):
             if isinstance(value, set):
                 found[key] = sorted(value)
         return dict(found)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and README.md where PEFT's says nothing yet."""
+        about = kwargs.get("auto_mapping_dict")
+        super().save_pretrained(save_directory, **kwargs)
+        write_card({**self.to_dict(), **({"auto_mapping": about} if about else {})}, save_directory)

@@ -50,10 +50,11 @@ def plain_lora(saved: Saved, *, condition: Tensor | None = None) -> Saved:
         RunError: if a factor is not finite.
     """
     config = saved.config
-    if config.get("peft_type") != "POLYRANK":
+    if (kind := config.get("peft_type")) != "POLYRANK":
+        give = "give the folder that polyrank wrote"
+        hint = "it is already an ordinary LoRA, copy it" if kind == "LORA" else give
         raise ConfigError(
-            f"export: got an adapter of type {str(config.get('peft_type'))!r}, expected POLYRANK; "
-            "give the folder that polyrank wrote"
+            f"export: got an adapter of type {str(kind)!r}, expected POLYRANK; {hint}"
         )
     made = method(config["method"], **config["options"])
     sites, others = _parts(saved.tensors)
@@ -132,15 +133,15 @@ def _revived(parts: Parts, noted: Mapping[str, Any], name: str) -> tuple[Parts, 
     found |= {f"polyrank_{key}": t for key, t in held.items()}
     found |= {"polyrank_A.weight": A[bank:], "polyrank_B.weight": B[:, last:]}
     own = ("r", "bank", "bank_values", "segments", "order", "evaluating", "replicas")
+    own += ("core", "replica_cores")
     shapes = {**{key: value for key, value in noted.items() if key not in own}, "r": r}
+    if core := noted.get("replica_cores", {}).get(name, noted.get("core")):
+        shapes["core"] = core
     if bank > absorbed:
         found |= {"polyrank_bank.A": A[absorbed:bank], "polyrank_bank.B": B[:, absorbed:last]}
         shapes["bank"] = bank - absorbed
         if last != bank:
-    own += ("core", "replica_cores")
             shapes["bank_values"] = last - absorbed
-    if core := noted.get("replica_cores", {}).get(name, noted.get("core")):
-        shapes["core"] = core
     return found, shapes
 
 
