@@ -32,11 +32,10 @@ def plain_lora(saved: Saved, *, condition: Tensor | None = None) -> Saved:
     not 0, A' = A[keep], B' = s (B δ)[:, keep]; any other δ gives A' = A, B' = s B δ. The bank's
     ranks come first, the shadow's last; behind a bank, ranks whose B is 0 go as well. Sites end
     with different ranks, and each has lora_alpha equal to its rank, so that the scale is 1; a site
-    without ranks is left out. What was absorbed and archived is part of it: it fits the base from
-    before.
+    without ranks is left out. What was absorbed and archived is in it, for the base from before.
 
-    A growing head becomes a module that is saved whole: the adapter loads onto a base whose
-    classifier has that many classes (`num_labels=len(plan["labels"])`) and a bias.
+    A growing head becomes a module that is saved whole, for a base whose classifier has a bias and
+    that many classes (`num_labels=len(plan["labels"])`).
 
     Args:
         saved: an adapter of polyrank.
@@ -51,8 +50,8 @@ def plain_lora(saved: Saved, *, condition: Tensor | None = None) -> Saved:
     """
     config = saved.config
     if (kind := config.get("peft_type")) != "POLYRANK":
-        give = "give the folder that polyrank wrote"
-        hint = "it is already an ordinary LoRA, copy it" if kind == "LORA" else give
+        plain = "it is already an ordinary LoRA, copy it"
+        hint = plain if kind == "LORA" else "give the folder that polyrank wrote"
         raise ConfigError(
             f"export: got an adapter of type {str(kind)!r}, expected POLYRANK; {hint}"
         )
