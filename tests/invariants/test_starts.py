@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", ["ga", "sb"])
+@pytest.mark.parametrize("name", ["ga", "sb", "few"])
 def test_two_processes_start_as_one_does_on_all_rows(folder, name):
     alone, first, second = (
         load_file(folder / f"{rank}-{name}.safetensors") for rank in ("1-0", "2-0", "2-1")
@@ -59,6 +59,12 @@ def test_two_processes_start_as_one_does_on_all_rows(folder, name):
 
 
 def test_where_one_process_sees_nothing_all_of_them_stop(folder):
-    said = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    said = [json.loads((folder / f"{rank}.json").read_text())[0] for rank in range(2)]
     assert said[0] == said[1]
     assert "got no batch, expected at least one on every process" in said[0]
+
+
+def test_where_one_process_fails_no_other_one_waits(folder):
+    said = [json.loads((folder / f"{rank}.json").read_text())[1] for rank in range(2)]
+    assert said[1] == "ValueError: no loss today"
+    assert said[0].startswith("RunError: initialise: another process stopped")

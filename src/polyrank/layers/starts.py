@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from polyrank.errors import ConfigError
+from polyrank.errors import ConfigError, RunError
 from polyrank.frame import Init
 from polyrank.layers.adapter import ModelAdapter, adapter_of
+from polyrank.layers.precision import exact
 from polyrank.layers.root import hook_of
-from polyrank.layers.statistics import SEEN, Loss, Stats, exact, gather, processes
+from polyrank.layers.statistics import SEEN, Loss, Stats, agreed, gather, processes
 from polyrank.layers.structure import config_of, note
 from polyrank.layers.views import View
 
@@ -38,22 +39,28 @@ def initialise(
         batches: what `loss` takes; by default keyword arguments of the model, labels among them.
         loss: maps (model, batch) to the mean loss of the batch, or to that and the number of terms
             it is the mean of; by default `model(**batch).loss`, whose terms are the rows, or the
-            labels of a text that are not -100.
+            labels of a text that are not -100: those behind the first token, unless the model is
+            known to label tokens at their own place. All terms count alike, so that a long text
+            counts more than a short one.
         adapter: its name; None is the active one.
         rate: learning rate of the first update, for starts that take a step of that size.
         seed: key of the starting values; None is that of the adapter.
         key: word that makes these starting values differ from others of the same seed.
 
     Raises:
-        ConfigError: if the method starts without statistics, has started already or is attached to
-            an optimiser; or if a layer got no gradient, a zero one, or one that is not finite.
+        ConfigError: if the method starts without statistics, has started already, is attached to an
+            optimiser, is merged, or is not the one that acts; or if a layer got no gradient, a zero
+            one, or one that is not finite.
+        RunError: on all other processes, if one of them stopped.
 
     >>> polyrank.initialise(model, batches)  # doctest: +SKIP
     """
     found = adapter_of(model, adapter)
     start = found.method.starting()
-    if problems := list(_problems(model, found, start, rate)):
-        raise ConfigError(problems)
+    device = found.layers[0].A.device
+    with agreed(device):
+        if problems := list(_problems(model, found, start, rate)):
+            raise ConfigError(problems)
     chosen = config_of(model, found.name).seed if seed is None else seed
     chosen = torch.initial_seed() if chosen is None else chosen
     stats: Stats = {view.site.path: {} for view in found.layers}
@@ -61,18 +68,23 @@ def initialise(
         stats = gather(
             model, batches, loss, start, adapter=found.name, draw=(chosen, found.name, key)
         )
-    for view in reversed(found.layers):
-        # What a layer was made of goes at once. The first one is watched, and so is written last: a
-        # start that fails half-way does not train.
-        stat = stats.pop(view.site.path)
-        if "weight" in start.wants:
-            stat["weight"] = view.weight()
-        if rate is not None:
-            stat["rate"] = torch.tensor(rate, dtype=torch.float64)
-        with exact():
-            view.module.fill(found.name, chosen, key, stat=stat)
+    try:
+        with agreed(device), exact(device.type):
+            for view in reversed(found.layers):
+                # What a layer was made of goes at once. The first one is watched, and so is written
+                # last: a start that fails half-way does not train.
+                stat = stats.pop(view.site.path)
+                if "weight" in start.wants:
+                    stat["weight"] = view.weight()
+                if rate is not None:
+                    stat["rate"] = torch.tensor(rate, dtype=torch.float64)
+                view.module.fill(found.name, chosen, key, stat=stat)
+                note(model, view)
+    except RunError:
+        found.layers[0].waiting = True
+        raise
+    for view in found.layers:
         _broadcast(view)
-        note(model, view)
     if (hook := hook_of(model)) is not None:
         # The weights changed, and no optimiser did it.
         hook.seen.pop(found.name, None)
@@ -97,6 +109,19 @@ def _problems(
         yield (
             f"initialise: adapter {found.name!r} is attached to an optimiser; call this before "
             "the optimiser is made, or detach() first"
+        )
+    first = found.layers[0]
+    if any(found.name in view.module.merged_adapters for view in found.layers):
+        yield (
+            f"initialise: adapter {found.name!r} is merged, so that its weights are in the base; "
+            "call unmerge_adapter() first"
+        )
+    elif start.wants & SEEN and not first.acts():
+        acting = ", ".join(first.module.active_adapters) or "none"
+        yield (
+            f"initialise: adapter {found.name!r} takes no part in a forward (active: {acting}), "
+            "and statistics would be those of another model; call model.set_adapter("
+            f"{found.name!r}) first"
         )
     if "rate" in start.wants and rate is None:
         yield (

@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from polyrank.errors import ConfigError
+from polyrank.errors import ConfigError, RunError
 from polyrank.frame import Init, keyed
 from polyrank.layers.adapter import adapter_of
+from polyrank.layers.precision import exact, without_tf32
 from polyrank.layers.root import hook_of
 from polyrank.layers.views import View
 
@@ -30,6 +31,8 @@ CHUNK = 1024
 # Parts of `wants` that a pass through the model shows, and the one that needs a backward.
 SEEN = frozenset({"weight_grad", "input", "output"})
 GRAD = "weight_grad"
+# Losses of transformers in which the label of a token stands at its own place.
+ALIGNED = frozenset({"ForMaskedLM", "ForTokenClassification"})
 
 Stats = dict[str, dict[str, Tensor]]
 # The mean loss of a batch, or that and the number of terms it is the mean of.
@@ -57,15 +60,18 @@ def gather(
 
     Raises:
         ConfigError: as in `initialise`.
+        RunError: if another process could not go on.
     """
     views = adapter_of(model, adapter).layers
     taker = _Taker(start, {view.site.path: {} for view in views})
     backward = GRAD in start.wants
     with ExitStack() as stack:
         stack.enter_context(_aside(model, draw, start.training))
-        stack.enter_context(exact())
+        stack.enter_context(without_tf32())
         for view in views:
             stack.callback(_listen(view, taker).remove)
+        # Last, so that it asks the others before anything is put back.
+        stack.enter_context(agreed(views[0].A.device))
         for batch in _limited(batches, start):
             moved = _moved(batch, views[0].A.device)
             with torch.set_grad_enabled(backward):
@@ -117,17 +123,24 @@ class _Taker:
     def reduced(self, views: list[View]) -> Stats:
         """Return the statistics over all batches and processes, and refuse what is of no use."""
         device = views[0].A.device
-        own = [self.passes.get(view.site.path, 0) for view in views]
-        passes = _over_processes(torch.tensor([self.batches, *own]), device, least=True)
+        own = torch.tensor([self.batches, *(self.passes.get(v.site.path, 0) for v in views)])
+        passes = least = _over_processes(own.clone(), device, least=True)
+        # In a sum, a process without rows of its own is missed by nobody.
+        whole = self.start.reduction == "sum"
+        if whole and not bool(least.all()):
+            passes = _over_processes(own, device)
         if not int(passes[0]):
+            where = "" if whole else " on every process"
             raise ConfigError(
-                "initialise: got no batch, expected at least one on every process; give some, for "
+                f"initialise: got no batch, expected at least one{where}; give some, for "
                 "example a list of a few batches of the training data"
             )
         paths = [view.site.path for view in views]
         unseen = [path for path, n in zip(paths, passes[1:].tolist(), strict=True) if not n]
         if unseen:
             raise ConfigError(_useless(unseen, "no gradient reached"))
+        if whole and not bool(least.all()):
+            self._level()
         totals = torch.tensor([self.batches, self.count], dtype=torch.float64)
         number, count = _over_processes(totals, device).tolist()
         for path in paths:
@@ -140,6 +153,20 @@ class _Taker:
         if GRAD in self.start.wants:
             self._refuse(paths)
         return self.stats
+
+    def _level(self) -> None:
+        """Hold zeros of what other processes have and this one has not seen."""
+        mine = {
+            path: {name: (value.shape, value.dtype) for name, value in stat.items()}
+            for path, stat in self.stats.items()
+        }
+        every: list[Any] = [mine] * processes()
+        if processes() > 1:
+            dist.all_gather_object(every, mine)
+        for shapes in every:
+            for path, found in shapes.items():
+                for name, (shape, dtype) in found.items():
+                    self.stats[path].setdefault(name, torch.zeros(shape, dtype=dtype))
 
     def _refuse(self, paths: list[str]) -> None:
         grads = {path: self.stats[path][GRAD] for path in paths if GRAD in self.stats[path]}
@@ -165,8 +192,9 @@ def outer(dy: Tensor, x: Tensor) -> Tensor:
     dy, x = dy.detach().reshape(-1, dy.shape[-1]), x.detach().reshape(-1, x.shape[-1])
     dtype = torch.promote_types(torch.float32, torch.promote_types(dy.dtype, x.dtype))
     total = torch.zeros(dy.shape[1], x.shape[1], dtype=dtype, device=x.device)
-    for rows, columns in zip(dy.split(CHUNK), x.split(CHUNK), strict=True):
-        total.addmm_(rows.to(dtype).t(), columns.to(dtype))
+    with exact(x.device.type):
+        for rows, columns in zip(dy.split(CHUNK), x.split(CHUNK), strict=True):
+            total.addmm_(rows.to(dtype).t(), columns.to(dtype))
     return total
 
 
@@ -243,17 +271,6 @@ def _aside(model: nn.Module, draw: tuple[int | str, ...], training: bool) -> Ite
 _FLOW = ("mask", "decoder_mask", "condition")
 
 
-@contextmanager
-def exact() -> Iterator[None]:
-    """Multiply fp32 matrices in fp32: TF32 would cost three digits."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def _limited(batches: Iterable[Any], start: Init) -> Iterator[Any]:
     """Yield as many batches, or exactly as many rows, as a start looks at."""
     if not start.samples:
@@ -316,9 +333,10 @@ def _terms(model: nn.Module, batch: Any) -> int:
     if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
         return _rows(batch)
     config = getattr(model, "config", None)
-    # A decoder's labels are shifted inside of it, those of an encoder-decoder were before.
-    shifted = labels if getattr(config, "is_encoder_decoder", False) else labels[:, 1:]
-    return int((shifted != -100).sum())
+    # A decoder's labels are shifted inside of it; those of an encoder-decoder were before.
+    there = getattr(config, "is_encoder_decoder", False)
+    there = there or getattr(model, "loss_type", None) in ALIGNED
+    return int(((labels if there else labels[:, 1:]) != -100).sum())
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
@@ -330,6 +348,24 @@ def _moved(batch: Any, device: torch.device) -> Any:
 def processes() -> int:
     """Return how many processes work together, 1 alone."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextmanager
+def agreed(device: torch.device) -> Iterator[None]:
+    """Let all processes leave a block in the same way, so that nobody waits for one that failed.
+
+    Raises:
+        RunError: where another process raised.
+    """
+    try:
+        yield
+    except Exception:
+        _over_processes(torch.ones(1), device)
+        raise
+    if processes() > 1 and bool(_over_processes(torch.zeros(1), device)):
+        raise RunError(
+            "initialise: another process stopped, so that no start can be made; see its message"
+        )
 
 
 def _over_processes(value: Tensor, device: torch.device, *, least: bool = False) -> Tensor:

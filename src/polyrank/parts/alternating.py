@@ -9,7 +9,6 @@ B or Aᵀ; with a diagonal gate between them F is B diag(g) or Aᵀ diag(g).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyrank.errors import ConfigError, RunError
+from polyrank.layers.precision import exact
 from polyrank.parts.optimizer import build_optimizer, register_update
 from polyrank.parts.pairs import DEFAULTS, Pair, active, group_problems, lora_groups, moves
 
@@ -34,31 +34,6 @@ class Move(NamedTuple):
     momentum: Tensor | None
     failed: Tensor
     norm: Tensor | None
-
-
-def _precisions() -> list[tuple[Any, str, Any]]:
-    """Return where torch keeps how exactly fp32 matrices are multiplied, and the exact value."""
-    places = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-    found: list[tuple[Any, str, Any]] = [
-        (place, "fp32_precision", "ieee") for place in places if hasattr(place, "fp32_precision")
-    ]
-    # torch before 2.9 knows the older switch alone, and later ones refuse to have both used.
-    return found or [(torch.backends.cuda.matmul, "allow_tf32", False)]
-
-
-@contextmanager
-def exact(device: str) -> Iterator[None]:
-    """Multiply fp32 matrices in fp32: neither in TF32 nor, inside autocast, in bf16."""
-    places = _precisions()
-    before = [getattr(place, name) for place, name, _ in places]
-    for place, name, value in places:
-        setattr(place, name, value)
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for (place, name, _), value in zip(places, before, strict=True):
-            setattr(place, name, value)
 
 
 @register_update("altlora")
