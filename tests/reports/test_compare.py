@@ -256,7 +256,9 @@ def test_equal_labels_are_told_apart_by_what_differs(tmp_path):
         "sequential lora r=4 [lr=0.1]",
     ]
     assert found.baseline is None
-    assert "2 systems are called 'sequential'; choose a baseline from 'seq" in found.notes[0]
+    assert (
+        "2 systems are called 'sequential'; choose one by --baseline LABEL: 'seq" in found.notes[0]
+    )
     chosen = compare_view.gather([tmp_path], "sequential lora r=4 [lr=0.1]")
     assert chosen.baseline.label == "sequential lora r=4 [lr=0.1]"
 
@@ -435,7 +437,7 @@ def test_the_baseline_is_a_label_or_a_name(tmp_path):
 def test_without_a_reference_there_are_no_differences(tmp_path):
     write(tmp_path / "a", [method(two(0.9, 0.5, 0.9))])
     text, rows = compared(tmp_path)
-    assert "No differences are shown: there is no sequential reference" in text
+    assert "choose what they are taken to by --baseline LABEL, one of 'smora r=4'." in text
     assert "## Difference" not in text
     assert rows["smora r=4"]["baseline"] == ""
 

@@ -141,6 +141,8 @@ def gather(
         )
     ordered = sorted(systems.values(), key=lambda system: system.role != "method")
     _tell_apart(ordered)
+    base = _baseline(ordered, baseline, notes)
+    notes += _trained_differently(ordered)
     orders = {tuple(task["name"] for task in results["tasks"]) for _, results in found}
     names = list(orders.pop()) if len(orders) == 1 else []
     size = len(found[0][1]["tasks"])
@@ -152,7 +154,7 @@ def gather(
         tasks=names or [str(number) for number in range(1, size + 1)],
         scored=sorted(scored),
         systems=ordered,
-        baseline=_baseline(ordered, baseline, notes),
+        baseline=base,
         runs=[folder.path.name for folder in folders],
         notes=notes,
     )
@@ -330,6 +332,33 @@ def _tell_apart(systems: Sequence[Compared]) -> None:
             system.label = f"{label} [{told}]"
 
 
+def _trained_differently(systems: Sequence[Compared]) -> Iterator[str]:
+    """Yield in what the training of systems differs, which is no merit of a method."""
+    trained = [system for system in systems if "train" in system.key]
+    parts = ("train", "model", "target_modules")
+    facts = [dict(flat({key: system.key.get(key) for key in parts})) for system in trained]
+    found = []
+    for name in dict.fromkeys(name for fact in facts for name in fact):
+        values: dict[str, list[Compared]] = {}
+        for system, fact in zip(trained, facts, strict=True):
+            values.setdefault(fact.get(name, "–"), []).append(system)
+        if len(values) > 1:
+            # A name that stands at two values says nothing.
+            names = [each for group in values.values() for each in {s.name for s in group}]
+            told = [
+                f"{clipped(value, 24)} ("
+                + ", ".join(
+                    dict.fromkeys(s.label if names.count(s.name) > 1 else s.name for s in group)
+                )
+                + ")"
+                for value, group in values.items()
+            ]
+            word = name.removeprefix("train.").replace(".", " ")
+            found.append(f"{word} {', '.join(told)}")
+    if found:
+        yield f"Trained differently: {'; '.join(found)}."
+
+
 def _baseline(systems: Sequence[Compared], asked: str | None, notes: list[str]) -> Compared | None:
     wanted = "sequential" if asked is None else asked
     for found in (
@@ -343,7 +372,9 @@ def _baseline(systems: Sequence[Compared], asked: str | None, notes: list[str]) 
             choice = ", ".join(repr(system.label) for system in found)
             if asked is not None:
                 raise ConfigError(f"baseline: {several}, expected one; use a label: {choice}")
-            notes.append(f"No differences are shown: {several}; choose a baseline from {choice}.")
+            notes.append(
+                f"No differences are shown: {several}; choose one by --baseline LABEL: {choice}."
+            )
             return None
     labels = [system.label for system in systems]
     if asked is not None:
@@ -351,5 +382,9 @@ def _baseline(systems: Sequence[Compared], asked: str | None, notes: list[str]) 
             f"baseline: got {asked!r}, expected one of {', '.join(map(repr, labels))};"
             f"{nearest(asked, [*labels, *(s.name for s in systems)]) or ' choose one'}"
         )
-    notes.append("No differences are shown: there is no sequential reference; choose a baseline.")
+    choice = ", ".join(repr(label) for label in labels)
+    notes.append(
+        "No differences are shown: there is no sequential reference; choose what they are taken to "
+        f"by --baseline LABEL, one of {choice}."
+    )
     return None

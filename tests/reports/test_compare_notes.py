@@ -1,0 +1,60 @@
+"""What a comparison says of runs that were not trained alike."""
+
+import math
+
+from polyrank import metrics
+from polyrank.io import RunFolder
+from polyrank.reports import compare_view
+
+MATRIX = [[0.9, math.nan], [0.5, 0.9]]
+
+
+def write(path, *names, seed=0, targets=("q",), **train):
+    """A finished run of systems by their names, the first one its method."""
+    row = {"unrestricted": MATRIX, "restricted": MATRIX, "counts": [10, 10], "seconds": 1.0}
+    row |= {"trainable": 9, "adapter": None, "routing": None}
+    figures = metrics.summary(MATRIX, [10, 10], missing="nan")
+    row["metrics"] = {"unrestricted": figures, "restricted": figures}
+    systems = [
+        {"name": name, "label": f"{name} r=4", "role": "reference" if n else "method", **row}
+        for n, name in enumerate(names)
+    ]
+    tasks = [{"name": n, "labels": None, "n_train": 9, "n_test": 10} for n in "ab"]
+    run = {
+        "method": {"name": names[0]},
+        "stream": {"name": "toy", "scenario": "class-incremental", "tasks": tasks},
+        "model": {"source": "embedded"},
+        "target_modules": list(targets),
+        "seed": seed,
+        "train": train,
+    }
+    folder = RunFolder.create(path, run, command=["polyrank", "run"])
+    folder.write_results({"tasks": tasks, "systems": systems})
+    folder.finish()
+
+
+def notes(tmp_path):
+    return compare_view.gather([tmp_path]).notes
+
+
+def test_systems_that_were_trained_differently_are_named(tmp_path):
+    write(tmp_path / "a", "mora", "probe", epochs=1, lr=0.1)
+    write(tmp_path / "b", "allora", "sequential", epochs=2, lr=0.1)
+    write(tmp_path / "c", "sora", epochs=2, lr=0.1, targets=["q", "v"])
+    assert notes(tmp_path) == [
+        "Trained differently: epochs 1 (mora), 2 (allora, sora, sequential); "
+        "target_modules q (mora, allora, sequential), q, v (sora)."
+    ]
+
+
+def test_one_name_at_two_settings_is_told_by_its_label(tmp_path):
+    for lr in (0.1, 0.2):
+        write(tmp_path / str(lr), "mora", lr=lr)
+    told = "lr 0.1 (mora r=4 [lr=0.1]), 0.2 (mora r=4 [lr=0.2])"
+    assert f"Trained differently: {told}." in notes(tmp_path)
+
+
+def test_seeds_of_one_configuration_were_trained_alike(tmp_path):
+    for seed in range(2):
+        write(tmp_path / str(seed), "mora", "sequential", seed=seed, lr=0.1)
+    assert notes(tmp_path) == []
