@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import polyrank as pr
+from polyrank import at_rank, set_rank
 from polyrank.frame import Step, keyed
 from polyrank.layers import adapter_of, saved_of
-from polyrank import at_rank, set_rank
 from polyrank.parts.transforms import plain_lora
 from polyrank.testing import assert_close
 

@@ -1,7 +1,9 @@
 """mora: what the self-activated gate weighs, what teaches it, and what it must equal."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -158,16 +160,18 @@ def test_mora_5_cold_it_reads_the_best_rank_alone(k):
     assert_close(model(x) - base(model, x), expected)
 
 
-@pytest.mark.parametrize(("released", "factor"), [(False, 1.0), (True, 0.5)])
-def test_mora_6_freezing_alone_keeps_the_answers_unless_as_released(released, factor):
-    model, x = adapted(1, alpha=2.0, released=released), inputs()
+@pytest.mark.parametrize("alpha", [2.0, 5.0])
+@pytest.mark.parametrize("released", [False, True])
+def test_mora_6_freezing_alone_keeps_the_answers_unless_as_released(released, alpha):
+    factor = 1 / alpha if released else 1.0
+    model, x = adapted(1, alpha=alpha, released=released), inputs()
     A, B = keys(model)
     before = gates(model, x), only(model).B.detach().clone()
     append(model, R, seed=2)
     model.to(torch.float64)
     layer = only(model)
     held_A, held_B = layer.bank
-    assert layer.scale == 2.0
+    assert layer.scale == alpha
     assert torch.equal(held_A, A)
     assert torch.equal(held_B[:, -R:], factor * before[1])
     frozen = rank_gate(
@@ -175,9 +179,22 @@ def test_mora_6_freezing_alone_keeps_the_answers_unless_as_released(released, fa
     )[0]
     expected = (
         base(model, x)
-        + 2.0 * (before[0] * (x @ A.T)) @ (torch.cat([B[:, :R], factor * B[:, R:]], dim=1)).T
+        + alpha * (before[0] * (x @ A.T)) @ (torch.cat([B[:, :R], factor * B[:, R:]], dim=1)).T
     )
     assert_close(frozen, expected)
+
+
+def test_mora_6_as_released_ranks_lose_the_scale_that_their_layer_has():
+    # The scale stays 8 / 4 when a growth has two ranks, of which alpha / r would make 4.
+    model = adapted(0, alpha=8.0, scaling="alpha/r", released=True)
+    for r in (2, 2):
+        before = only(model).B.detach().clone()
+        append(model, r, seed=2)
+        model.to(torch.float64)
+        layer = only(model)
+        assert layer.scale == 2.0
+        assert torch.equal(layer.bank[1][:, -before.shape[1] :], 0.5 * before)
+        draw(model)
 
 
 def test_mora_6_growing_changes_the_answers_at_once():
@@ -274,6 +291,44 @@ def test_mora_10_one_rank_counts_as_two_or_is_refused():
     assert pr.method("mora", k=2, strict=True).k == 2
 
 
+def test_mora_10_what_is_left_out_counts_too():
+    with pytest.raises(pr.ConfigError, match="k: got 1, as many as r, expected >= 2"):
+        pr.method("mora", r=1, strict=True)
+    assert pr.method("mora", r=1).k is None
+    assert pr.method("mora", r=1, k=2, strict=True).k == 2
+    for strict in (True, False):
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        method = pr.method("mora", r=2, strict=strict)
+        if strict:
+            with pytest.raises(pr.ConfigError, match=r"k at '1': got 1, the rank there, expected"):
+                pr.adapt(net, method, ["0", "1"], rank_pattern={"1": 1})
+        else:
+            pr.adapt(net, method, ["0", "1"], rank_pattern={"1": 1})
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("eps", [1e-8, 10.0])
+def test_short_inputs_are_divided_by_eps(eps, training):
+    model = adapted(1, k=2 * R, eps=eps, delta=0.05, tau=0.5).train(training)
+    A, B = keys(model)
+    x = 0.1 * inputs()
+    z = x @ A.T
+    assert (z.norm(dim=-1) < 10).all()
+    s = z / (10.0 if eps == 10.0 else z.norm(dim=-1, keepdim=True))
+    w = (s / 0.5).softmax(-1)
+    w = w if training else torch.where(s >= 0.05, w, 0.0)
+    assert_close(gates(model, x), w)
+    assert_close(model(x) - base(model, x), (w * z) @ B.T)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    method = pr.method("mora", r=np.int64(R), k=np.int64(3), tau=np.float32(0.5))
+    model = pr.adapt(Net(), method, ["layer"], seed=0)
+    model.save_pretrained(tmp_path)
+    kept = json.loads((tmp_path / "adapter_config.json").read_text())["options"]
+    assert (kept["r"], kept["k"], kept["tau"]) == (R, 3, 0.5)
+
+
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_mora_11_recomputed_it_is_the_same(reentrant):
     found = []
@@ -311,6 +366,8 @@ def test_mora_13_training_and_evaluation_differ_by_the_threshold_alone():
         ({"k": 2.5}, "k: got 2.5, expected an integer, or null"),
         ({"k": True}, "k: got True, expected an integer, or null"),
         ({"tau": 0.0}, "tau: got 0.0, expected > 0"),
+        ({"tau": None}, "tau: got None, expected a finite number"),
+        ({"r": None}, "r: got None, expected an integer"),
         ({"tau": -0.1}, "tau: got -0.1"),
         ({"delta": -0.1}, "delta: got -0.1, expected 0..1"),
         ({"delta": 1.1}, "delta: got 1.1, expected 0..1"),

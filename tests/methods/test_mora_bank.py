@@ -11,7 +11,7 @@ from peft import PeftModel
 import polyrank as pr
 from polyrank import engine
 from polyrank.errors import CheckpointError
-from polyrank.layers import append, compact, gate_statistics, replica
+from polyrank.layers import append, compact, gate_statistics, replica, view
 from polyrank.parts.boundaries import Append
 from polyrank.testing import MODELS, Case, assert_close
 from polyrank.testing.streams import few_digits, tiny_vit
@@ -64,8 +64,24 @@ def test_a_bank_must_not_grow_twice_without_training():
     append(plain, R)
 
 
+def test_layers_without_values_are_named():
+    _, model = grown(1)
+    append(model, R)
+    case, _ = grown(0)
+    case.train(model)
+    dead, live = layers(model)[0], layers(model)[1:]
+    with torch.no_grad():
+        dead.B.zero_()
+    with pytest.warns(UserWarning, match=rf"1 of {len(live) + 1} layers .*\({dead.site.path}\)"):
+        append(model, R)
+    assert layers(model)[0].segments == [R, R, R]
+    _, model = grown(0, steps=0)
+    with pytest.raises(pr.ConfigError, match=rf"no values yet \({dead.site.path}, .*\)"):
+        append(model, R)
+
+
 def test_the_boundary_grows_at_the_start_of_the_next_task_or_early_as_released(bench):
-    for released, shapes in ((False, [0, 2, 2, 4]), (True, [2, 2, 4, 4])):
+    for released, shapes in ((False, [0, 2, 4]), (True, [2, 4, 4])):
         work = bench("mora", dtype=torch.float32, r=2, tau=0.3, released=released)
         found = []
         for task in range(2):
@@ -81,12 +97,7 @@ def test_the_boundary_grows_at_the_start_of_the_next_task_or_early_as_released(b
             if task == 1:
                 boundary.start(None, work, {})
                 found.append(len(work.adapter.layers[0].bank[0]))
-        assert [
-            found[0],
-            found[0] if released else 2,
-            found[1] if released else 2,
-            found[2],
-        ] == shapes
+        assert found == shapes
 
 
 def test_more_ranks_than_inputs_are_no_fault(bench, recwarn):
@@ -103,6 +114,70 @@ def test_a_stream_without_boundaries_is_refused(tmp_path):
     stream = replace(few_digits(rows=8, tasks=2), scenario="task-free", visible=None)
     with pytest.raises(pr.ConfigError, match="mora: needs boundary"):
         engine.run(tiny_vit(), stream, pr.method("mora", r=2), references=[], out=tmp_path / "run")
+
+
+# --- a task of one class --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_ranks_without_values_train_on_and_belong_to_the_task_that_gave_them_some(bench, released):
+    work = bench("mora", dtype=torch.float32, r=2, tau=0.3, released=released)
+    banks = []
+    for task in range(3):
+        work.begin(task, classes=1)
+        kept = [layer.A for layer in work.adapter.layers]
+        assert any(layer.B.any() for layer in work.adapter.layers) is False
+        work.steps(count=2)
+        work.end()
+        banks.append(
+            [0 if layer.bank is None else len(layer.bank[0]) for layer in work.adapter.layers]
+        )
+        if task == 0:
+            # The softmax over one class teaches nothing, and the same ranks stay.
+            assert all(layer.A is A for layer, A in zip(work.adapter.layers, kept, strict=True))
+    assert banks == ([[0, 0], [2, 2], [4, 4]] if released else [[0, 0], [0, 0], [2, 2]])
+    for layer in work.adapter.layers:
+        assert layer.bank[1].any(0).all()
+    torch.manual_seed(0)
+    ranks = 6 if released else 4
+    gate = torch.rand(3, 2, ranks)
+    routing = {"layers": ["one", "two"], "tasks": ["a", "b", "c"], "gate": gate.tolist()}
+    reuse, where = Append("mora").figures(work, routing)
+    assert reuse.columns == ("b", "c", *(("untrained",) if released else ()))
+    assert_close(torch.tensor(reuse.values), gate.view(3, 2, -1, 2).sum(-1).mean(1))
+    own = torch.zeros(3, 2)
+    own[1], own[2] = gate[1, :, :2].sum(-1), gate[2, :, 2:4].sum(-1)
+    assert_close(torch.tensor(where.values).T, gate.sum(-1) - own)
+
+
+def test_a_bank_from_before_the_stream_is_nobodys(bench):
+    work = bench("mora", dtype=torch.float32, r=2, tau=0.3)
+    work.nudge()
+    work.append("mora")
+    for task in range(2):
+        work.begin(task)
+        work.steps(count=2)
+        work.end()
+    gate = torch.ones(2, 2, 6).tolist()
+    routing = {"layers": ["one", "two"], "tasks": ["a", "b"], "gate": gate}
+    reuse, where = Append("mora").figures(work, routing)
+    assert reuse.columns == ("ranks 1", "a", "b")
+    assert where.values == ((4.0, 4.0), (4.0, 4.0))
+
+
+def test_a_run_whose_first_task_has_one_class_goes_on(tmp_path):
+    stream = few_digits(rows=8, tasks=6)
+    assert len(stream[0].labels) == 1
+    given = {"train": {"epochs": 1, "batch_size": 8, "lr": 1e-2}, "references": []}
+    method = pr.method("mora", r=2, k=12, tau=0.1)
+    result = engine.run(tiny_vit(), stream, method, out=tmp_path / "run", progress=False, **given)
+    system = result.system()
+    names = [task.name for task in stream]
+    reuse = next(f for f in system["figures"] if f["name"] == "reuse")
+    assert (reuse["rows"], reuse["columns"]) == (tuple(names), tuple(names[1:]))
+    for layer in layers(pr.load(tiny_vit(), tmp_path / "run" / system["adapter"])):
+        assert layer.segments == [2] * 4
+        assert layer.bank[1].any(0).all()
 
 
 # --- what is saved --------------------------------------------------------------------------------
@@ -303,9 +378,25 @@ def test_in_evaluation_ranks_out_of_reach_go_too_and_training_is_refused(tmp_pat
     for held in (model, again):
         with pytest.raises(pr.ConfigError, match="compacted for evaluation"):
             case.loss(held.train())
+        with torch.no_grad(), pytest.raises(pr.ConfigError, match="compacted for evaluation"):
+            held.train()(**case.tiny.inputs())
+        with view(held, "base"):
+            held(**case.tiny.inputs())
         with pytest.raises(pr.ConfigError, match="compacted for evaluation"):
             append(held, R)
         assert_close(case.answer(held.eval()), expected)
+
+
+def test_sixteen_bits_round_keys_and_what_they_reach_is_not_known():
+    _, model = grown(1, delta=0.3)
+    layer = layers(model)[0]
+    with torch.no_grad():
+        layer.bank[0][0] = layer.bank[0][1] / 128
+    layer.module.base_layer.to(torch.bfloat16)
+    with pytest.raises(pr.ConfigError, match=rf"{layer.site.path} .*bfloat16.*evaluation=False"):
+        compact(model, evaluation=True)
+    assert layer.bank[1].shape[1] == R
+    assert compact(model)[0].silent == 0
 
 
 def test_what_cannot_be_compacted_says_why():

@@ -88,7 +88,9 @@ class _Slots:
         for spec in self._specs():
             value, default, declared = getattr(self, spec.name), spec.default, str(spec.type)
             numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
-            if numeric and "str" not in declared and value is not None:
+            if value is None and ("None" in declared or "Optional" in declared):
+                continue
+            if numeric and "str" not in declared:
                 whole = isinstance(default, int) and "float" not in declared
                 good = isinstance(value, numbers.Integral if whole else numbers.Real)
                 if not good or isinstance(value, bool) or not math.isfinite(value):
@@ -156,8 +158,8 @@ class Method(_Slots):
 
     Class facts:
         scalings: the conventions that `scaling` may name, each one known to `scale`.
-        otherwise: for a method with updates of its own, how to do without: ", or …".
         lendable: a part of {"init", "optim"}, what other methods may take of this one.
+        otherwise: for a method with updates of its own, how to do without: ", or …".
 
     Args:
         r: number of live ranks per layer, >= 1.
@@ -171,8 +173,8 @@ class Method(_Slots):
 
     kind: ClassVar[str] = "method"
     scalings: ClassVar[tuple[str, ...]] = SCALINGS
-    otherwise: ClassVar[str] = ""
     lendable: ClassVar[frozenset[str]] = frozenset()
+    otherwise: ClassVar[str] = ""
 
     r: int = 8
     alpha: float = 16.0
@@ -188,7 +190,7 @@ class Method(_Slots):
         return [*found, *lending_problems(self, sound=not found)]
 
     def _shared(self) -> Iterator[str]:
-        if isinstance(self.r, int) and self.r < 1:
+        if isinstance(self.r, numbers.Integral) and self.r < 1:
             yield (
                 f"r: got {self.r}, expected at least 1 rank; "
                 "leave modules out of target_modules to skip them"
@@ -358,4 +360,9 @@ class Strategy(_Slots):
 def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list, set, frozenset)):
         return [_plain(item) for item in value]
+    # Numbers of other libraries, which JSON does not know.
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)):
+        return float(value)
     return value

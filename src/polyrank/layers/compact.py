@@ -43,14 +43,16 @@ def compact(
         model: a PEFT model with a polyrank adapter.
         adapter: its name; None is the active one.
         evaluation: also drop what the core can prove to be silent in evaluation, whatever the
-            input. Training reads those values, so it is refused from then on, as growing is.
+            input. Training reads those values, so it is refused from then on, as growing is. The
+            proof is about keys as they are: under autocast, which rounds them to 16 bits, a rank
+            may be reached that is not in fp32.
 
     Returns:
         What was found, one entry for every layer.
 
     Raises:
-        ConfigError: if a core's ranks do not compete, or replicas still read the bank; before
-            anything changes.
+        ConfigError: if a core's ranks do not compete, replicas still read the bank, or with
+            `evaluation` the base or the adapter is stored in 16 bits; before anything changes.
     """
     found = adapter_of(model, adapter)
     for view in found.layers:
@@ -64,7 +66,21 @@ def compact(
                 f"compact: adapter {view.name!r} keeps replicas that show its bank as it is; "
                 "delete them first"
             )
+        if evaluation and (narrow := _narrow(view)) is not None:
+            raise ConfigError(
+                f"compact: the layer at {view.site.path} is stored in {narrow}, which rounds keys, "
+                "so that nothing tells which ranks it leaves out of reach; pass evaluation=False, "
+                "or load the model in fp32"
+            )
     return [_compacted(model, view, evaluation) for view in found.layers]
+
+
+def _narrow(view: View) -> torch.dtype | None:
+    """Return the dtype below fp32 in which inputs may meet a layer's keys, or None."""
+    bank = view.bank
+    keys = [view.A, *([] if bank is None else bank[:1])]
+    held = [*view.module.base_layer.parameters(), *keys]
+    return next((t.dtype for t in held if t.is_floating_point() and t.itemsize < 4), None)
 
 
 def _compacted(model: nn.Module, view: View, evaluation: bool) -> Compaction:

@@ -94,7 +94,8 @@ class _Watch:
         A, _, core, _ = view.factors(flow)
         rows = core.rows()
         z = None if rows is None else F.linear(x.float(), rows.float())
-        # A gate may read h itself, as the operator forms it for gates: not rounded.
+        # A gate may read h itself, whose sums the operator does not round either. In 16 bits it
+        # rounds the keys, which keep their own precision here: close scores may order otherwise.
         h = F.linear(wide(x), A.to(wide(x).dtype))
         gates = cast("Any", core).gates_of(h, z).double().cpu()
         self.stats.gate += gates.sum(0)

@@ -222,7 +222,7 @@ class View(Layer):
         """Return y plus this adapter's update for the input x."""
         A, B, core, live_from = self.factors(flow)
         scale = self.scale
-        if self.evaluating and flow.live(core.training):
+        if self.evaluating and core.training:
             raise ConfigError(
                 f"training at {self.site.path}: the adapter was compacted for evaluation and lacks "
                 "values that training reads; train the adapter as it was before"

@@ -78,7 +78,8 @@ class SelfActivatedRanks(Method):
 
     def problems(self) -> Iterator[str]:
         """Check the gate."""
-        k, said = (self.r, ", as many as r") if self.k is None else (self.k, "")
+        # Of an r that is no number, its own check tells.
+        k, said = (self.r or 1, ", as many as r") if self.k is None else (self.k, "")
         least = 2 if self.strict else 1
         if not isinstance(k, numbers.Integral) or isinstance(k, bool):
             yield f"k: got {k!r}, expected an integer, or null for as many as r"

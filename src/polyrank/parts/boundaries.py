@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 
 from polyrank.errors import ConfigError
 from polyrank.frame import Boundary, Figure, Job, Method, Strategy, Workshop
+
+logger = logging.getLogger(__name__)
 
 
 class Aside(Boundary):
@@ -22,6 +25,9 @@ class Aside(Boundary):
 
 class Append(Boundary):
     """Freezes the ranks of the last task into the bank and gives every layer fresh ones.
+
+    Ranks that compete for weight and have no value anywhere, as after a task of one class, are not
+    frozen: they train on, and a growth is that of the last task that trained on it.
 
     Args:
         name: of the method, for the record.
@@ -38,7 +44,7 @@ class Append(Boundary):
 
     def finish(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> None:
         """Append, if this is early."""
-        if self.early:
+        if self.early and self._worth(workshop):
             workshop.append(self.name)
 
     def start(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> None:
@@ -47,10 +53,11 @@ class Append(Boundary):
         Raises:
             ConfigError: if `strict` and the ranks of a layer outgrow its inputs.
         """
+        grows = not workshop.first and not self.early and self._worth(workshop)
         full = []
         for layer in workshop.adapter.layers if self.strict is not None else ():
             bank = 0 if layer.bank is None else len(layer.bank[0])
-            held = 0 if workshop.first else bank + len(layer.A)
+            held = bank + len(layer.A) if grows else bank
             if held + layer.site.r > layer.site.d_in:
                 full.append(
                     f"r at {layer.site.path}: {held} ranks are taken and {layer.site.r} are to "
@@ -61,8 +68,27 @@ class Append(Boundary):
             raise ConfigError(full)
         if full:
             warnings.warn(f"{full[0]} ({len(full)} layers)", stacklevel=2)
-        if not workshop.first and not self.early:
+        if grows:
             workshop.append(self.name)
+        self._own(workshop)
+
+    def _worth(self, workshop: Workshop) -> bool:
+        """Say whether the live ranks may be frozen."""
+        rivals = [layer for layer in workshop.adapter.layers if layer.core.competing]
+        if not rivals or any(bool(layer.B.detach().any()) for layer in rivals):
+            return True
+        logger.info("%s: the last task gave its ranks no values; they train on", self.name)
+        return False
+
+    def _own(self, workshop: Workshop) -> None:
+        """Note that the live ranks are those of the task that begins."""
+        noted = workshop.memory(self.name)
+        tasks = noted.get("tasks", 0)
+        live = max(max(layer.owners) for layer in workshop.adapter.layers)
+        # A bank that was there before the stream is nobody's.
+        owners = [*noted.get("owners", ()), *[-1] * (live + 1)][: live + 1]
+        owners[live] = tasks
+        noted.update(tasks=tasks + 1, owners=owners)
 
     def figures(self, workshop: Workshop, routing: dict[str, Any] | None) -> list[Figure]:
         """Return whose ranks the test rows of each task read, where gates tell."""
@@ -71,23 +97,25 @@ class Append(Boundary):
         if routing is None or count < 2:
             return []
         tasks = tuple(routing["tasks"])
+        known = dict(enumerate(workshop.memory(self.name).get("owners", ())))
+        names = {n: tasks[t] for n, t in known.items() if 0 <= t < len(tasks)}
         # Growing early leaves one more set of ranks than there are tasks.
-        grown = (*tasks, "untrained") if len(tasks) < count else tasks
-        if len(grown) < count:
-            grown = tuple(f"ranks {n + 1}" for n in range(count))
+        late = {n: "untrained" for n in range(count) if known and n not in known}
+        grown = tuple((names | late).get(n, f"ranks {n + 1}") for n in range(count))
         mass = np.zeros((len(tasks), len(owners), count))
         for row, layers in enumerate(routing["gate"]):
             for column, (gate, held) in enumerate(zip(layers, owners, strict=True)):
                 np.add.at(mass[row, column], held, gate)
         others = mass.sum(-1)
-        own = min(len(tasks), count)
-        others[:own] -= np.einsum("tlt->tl", mass[:own, :, :own])
+        for growth, task in known.items():
+            if 0 <= task < len(tasks) and growth < count:
+                others[task] -= mass[task, :, growth]
         return [
             Figure(
                 name="reuse",
                 title="Whose ranks a task reads",
                 rows=tasks,
-                columns=grown[:count],
+                columns=grown,
                 values=_rows(mass.mean(1)),
                 unit="mean gate",
                 note="Gates that test rows of a task (row) put on the ranks of another (column), "
