@@ -147,6 +147,12 @@ def results():
 
 
 @pytest.fixture
+def build_run():
+    """What writes a run folder: (path, results, run)."""
+    return build
+
+
+@pytest.fixture
 def run_folder(tmp_path):
     return build(tmp_path / "run")
 

@@ -232,6 +232,29 @@ def test_the_picture_shows_the_matrices(run_folder):
     assert (np.abs(pixels.astype(int) - (11, 63, 75)) < 24).all(1).mean() < 0.01
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_no_text_of_the_picture_is_cut_off(run_folder, count):
+    results = RunFolder.open(run_folder).results()
+    results["systems"] = results["systems"][:count]
+    run = {**RunFolder.open(run_folder).run}
+    run["stream"] = {**run["stream"], "scenario": "domain-incremental-without-boundaries"}
+    image = np.asarray(Image.open(io.BytesIO(draw(prepare(run, results), 80))).convert("L"))
+    for edge in (image[:8], image[:, :8], image[:, -8:]):
+        assert (edge == 255).all()
+
+
+def test_the_page_shows_the_general_score_as_the_terminal_does(tmp_path, results, build_run):
+    heads = read(build_run(tmp_path / "plain")).table("compare")[0]
+    assert not any("general" in head for head in heads)
+    results["systems"][0]["general"] = [0.9, 0.8, 0.625, 0.5]
+    found = read(build_run(tmp_path / "general", results))
+    head, mine, other = found.table("compare")[:3]
+    before, after = head.index("generalbefore"), head.index("generalafter")
+    assert (mine[before], mine[after]) == ("0.900", "0.500")
+    assert (other[before], other[after]) == ("–", "–")
+    assert "score on what no task trains" in " ".join(found.text)
+
+
 def test_the_csv_gives_back_every_score(run_folder, results):
     reports.report(run_folder)
     with open(run_folder / "matrix.csv", newline="", encoding="utf-8") as file:

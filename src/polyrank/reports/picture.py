@@ -24,22 +24,27 @@ _FONTS = ("Inter", "Source Sans 3", "Helvetica Neue", "Arial", "Liberation Sans"
 _PER_ROW = 4
 # Inches: one map with its labels; text above all maps, and below each.
 _MAP, _GAP, _LEFT, _TOP, _BELOW = 2.1, 0.42, 0.95, 1.0, 0.95
+_LINE = 0.19
+_TITLE = "Accuracy on each task, after each task"
 
 
 def draw(view: View, dpi: int = 200) -> bytes:
     """A PNG, 4 maps a row, on white: readable on light and dark pages alike."""
     columns = min(_PER_ROW, len(view.systems))
     rows = math.ceil(len(view.systems) / columns)
-    width = _LEFT + columns * _MAP + (columns - 1) * _GAP + 0.35
-    height = _TOP + rows * (_MAP + _BELOW + 0.4)
+    # Not narrower than the title, about 0.13 inch a letter.
+    width = max(_LEFT + columns * _MAP + (columns - 1) * _GAP + 0.35, 0.13 * len(_TITLE) + 0.5)
+    below = _below(view, width)
+    top = _TOP + _LINE * (len(below) - 1)
+    height = top + rows * (_MAP + _BELOW + 0.4)
     figure = Figure(figsize=(width, height), dpi=dpi, facecolor=PAPER)
     FigureCanvasAgg(figure)
     family = typeface()
-    _headline(figure, view, family, width, height)
+    _headline(figure, below, family, width, height)
     for n, system in enumerate(view.systems):
         row, column = divmod(n, columns)
         left = _LEFT + column * (_MAP + _GAP)
-        bottom = height - _TOP - row * (_MAP + _BELOW + 0.4) - 0.4 - _MAP
+        bottom = height - top - row * (_MAP + _BELOW + 0.4) - 0.4 - _MAP
         box = (left / width, bottom / height, _MAP / width, _MAP / height)
         _map(figure.add_axes(box), system, view.tasks, column == 0, family)
     sink = io.BytesIO()
@@ -47,24 +52,31 @@ def draw(view: View, dpi: int = 200) -> bytes:
     return sink.getvalue()
 
 
-def _headline(figure: Figure, view: View, family: str, width: float, height: float) -> None:
+def _below(view: View, width: float) -> list[str]:
+    """The lines below the title, about 0.078 inch a letter."""
     stream = view.run["stream"]
+    text = (
+        f"{stream['name']}, {stream['scenario']}, seed {view.run['seed']}: "
+        "rows are the tasks trained so far, columns the task tested, all classes seen compete"
+    )
+    return textwrap.wrap(text, int((width - 0.5) / 0.078))
+
+
+def _headline(figure: Figure, below: list[str], family: str, width: float, height: float) -> None:
     left = 0.28 / width
     figure.text(
         left,
         1 - 0.28 / height,
-        "Accuracy on each task, after each task",
+        _TITLE,
         family=family,
         size=15,
         weight="bold",
         color=INK,
         va="top",
     )
-    below = (
-        f"{stream['name']}, {stream['scenario']}, seed {view.run['seed']}: "
-        "rows are the tasks trained so far, columns the task tested, all classes seen compete"
-    )
-    figure.text(left, 1 - 0.62 / height, below, family=family, size=9.5, color=SOFT, va="top")
+    for number, line in enumerate(below):
+        y = 1 - (0.62 + _LINE * number) / height
+        figure.text(left, y, line, family=family, size=9.5, color=SOFT, va="top")
 
 
 def _map(axes: Axes, system: System, tasks: list[str], first: bool, family: str) -> None:
