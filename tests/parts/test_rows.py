@@ -6,9 +6,10 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import SGD, Adam, AdamW, NAdam
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import polyrank as pr
 from polyrank.parts.optimizer import build_optimizer
 from polyrank.parts.rows import RowsAdamW
 from polyrank.testing import assert_close
@@ -141,8 +142,38 @@ def test_it_takes_the_runs_own_betas_and_eps_and_leaves_the_rest():
         {"params": [param], "lr": 0.1, "update": "rows"},
         {"params": [other], "lr": 0.1, "update": "adamw"},
     ]
-    options = {"betas": (0.5, 0.6), "eps": 1e-3, "amsgrad": True}
+    options = {"betas": (0.5, 0.6), "eps": 1e-3, "foreach": False}
     found = build_optimizer(groups, AdamW, options).parts
     assert found["rows"].defaults["betas"] == (0.5, 0.6)
     assert found["rows"].defaults["eps"] == 1e-3
-    assert found["adamw"].defaults["amsgrad"]
+    assert found["adamw"].defaults["foreach"] is False
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "decay", "says"),
+    [
+        (AdamW, {"fused": True}, 0.1, ""),
+        (AdamW, {}, 0.1, ""),
+        (Adam, {}, 0.0, ""),
+        (Adam, {"decoupled_weight_decay": True}, 0.1, ""),
+        (Adam, {}, 0.1, r"in for Adam with weight_decay=0\.1, which it adds to gradients"),
+        (SGD, {}, 0.0, "in for SGD, expected Adam or AdamW"),
+        (NAdam, {}, 0.0, "in for NAdam, expected Adam or AdamW"),
+        (AdamW, {"amsgrad": True}, 0.0, "in for AdamW with amsgrad=True"),
+        (AdamW, {"maximize": True}, 0.0, "in for AdamW with maximize=True"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_it_stands_in_for_adamw_and_for_nothing_else(kind, options, decay, says):
+    net = nn.Sequential(nn.Linear(3, 4))
+    model = pr.adapt(net, pr.method("dylora", r=2), ["0"], seed=0)
+    if says:
+        with pytest.raises(pr.ConfigError, match=says + r'.*update="gradient"'):
+            pr.optimizer(model, 0.1, decay, kind=kind, **options)
+    else:
+        parts = pr.optimizer(model, 0.1, decay, kind=kind, **options).parts
+        assert list(parts) == ["rows"]
+    model = pr.adapt(
+        nn.Sequential(nn.Linear(3, 4)), pr.method("dylora", r=2, update="gradient"), ["0"]
+    )
+    assert type(pr.optimizer(model, 0.1, decay, kind=kind, **options)) is kind

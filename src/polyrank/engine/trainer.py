@@ -86,7 +86,8 @@ class TrainerMixin(_Base):
             plain = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
             if plain and not OWN_GROUPS & options.keys():
                 groups = parameter_groups(inner, self.args.learning_rate, self.args.weight_decay)
-                self.optimizer = build_optimizer(groups, kind, options)
+                otherwise = adapter_of(inner).method.otherwise
+                self.optimizer = build_optimizer(groups, kind, options, otherwise)
         # Keeps what is there; what it builds itself is looked through by attach.
         inherited()
         self._attach()

@@ -119,21 +119,12 @@ def append(
     found = unattached(model, adapter, "append")
     if not force:
         _check_values(found)
-    if bad := [v.site.path for v in found.layers if not _finite(v)]:
-        raise RunError(
-            f"append: the ranks at {bad[0]} are not finite, and frozen they would stay so; look "
-            "for a diverged training run"
-        )
+    _check_finite(found)
     if problems := [p for view in found.layers for p in _append_problems(view)][:1]:
         raise ConfigError(problems)
     for view in found.layers:
-        A, B = settled(view)
-        faded = view.core.faded(view.scale)
-        settling = (A, B if faded == 1 else B * faded)
-        parts = [p for p in (view.bank, settling, *negated(view)) if p is not None]
+        A, B = _whole(view)
         view.shadow = None
-        A = torch.cat([part.detach() for part, _ in parts])
-        B = torch.cat([part.detach() for _, part in parts], dim=1)
         site = _resized(view, view.site.r if r is None else r)
         core = view.method.core(site)
         core.banked(A.shape[0])
@@ -179,6 +170,24 @@ def _check_values(found: ModelAdapter) -> None:
         "or leave them out of the targets",
         stacklevel=3,
     )
+
+
+def _check_finite(found: ModelAdapter) -> None:
+    if bad := [v.site.path for v in found.layers if not _finite(v)]:
+        raise RunError(
+            f"append: the ranks at {bad[0]} are not finite, and frozen they would stay so; look "
+            "for a diverged training run"
+        )
+
+
+def _whole(view: View) -> tuple[Tensor, Tensor]:
+    """Return (A, B) of a layer's next bank: what is in it, the live ranks, what is subtracted."""
+    A, B = settled(view)
+    faded = view.core.faded(view.scale)
+    live = (A, B if faded == 1 else B * faded)
+    parts = [part for part in (view.bank, live, *negated(view)) if part is not None]
+    A = torch.cat([part.detach() for part, _ in parts])
+    return A, torch.cat([part.detach() for _, part in parts], dim=1)
 
 
 def _finite(view: View) -> bool:

@@ -10,9 +10,9 @@ Differs from the released code: "full" and geometric draws, as in the paper; onl
     moves, moments and step counts included (`update="gradient"` is theirs: gradients of zero, and
     AdamW moves all ranks by momentum and decay); b is keyed by the update, not drawn by each
     process; a rank out of bounds, or set while merged, is refused; A starts as theirs.
-Limits: linear layers; one rank for all of them. s(b) weakens earlier ranks as b grows, so that an
-    update of rank k > 1 is exact at b = r only, unless `scaling` is a number. Cost: as LoRA of r
-    ranks, products of the first b only; as many evaluations as ranks.
+Limits: linear layers; one rank for all. s(b) weakens earlier ranks as b grows: an update of rank
+    k > 1 is exact at b = r only, unless `scaling` is a number. Gradients that gem, agem and ewc ask
+    for are those of the set rank, not the drawn one. Cost: as LoRA, products of the first b only.
 Status: properties tested; published figures not verified. Digits, tasks at once, 8 ranks, equal
     updates, 3 seeds (bench/ranks.py): .55 .79 .85 .86 at 1 2 4 8 ranks, a LoRA of 8 ranks cut .44
     .53 .74 .91, LoRAs trained at each .85 .85 .90 .91; "frozen" has learned too little by then, .57

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from polyrank.errors import CheckpointError, ConfigError, nearest
-from polyrank.layers import parameter_groups
+from polyrank.layers import adapter_of, parameter_groups
 
 # "adamw" is the optimiser that the run itself chose, whatever it is.
 DEFAULT = "adamw"
@@ -27,7 +27,9 @@ def register_update(name: str) -> Callable[[type[Optimizer]], type[Optimizer]]:
 
     The class takes the groups alone, `cls(groups)`: everything else stands in the groups. Those of
     the run's own options that its attribute `shared` names, if it has one, reach it as well. What
-    its attribute `fixed` names, if it has one, a checkpoint must have the same in its groups.
+    its attribute `fixed` names, if it has one, a checkpoint must have the same in its groups. One
+    that stands in for the run's own optimiser says by a static `unfit(kind, options, groups)` why
+    it would train something else than that, and else returns "".
 
     Raises:
         ValueError: if another class has the name.
@@ -48,13 +50,19 @@ class GroupedOptimizer(Optimizer):
         groups: as `polyrank.parameter_groups` gives them.
         kind: class for the groups with update "adamw", the run's own choice.
         options: arguments of `kind`, betas and so on.
+        otherwise: how a method does without its own update: ", or …".
 
     Raises:
-        ConfigError: for an update that nobody serves.
+        ConfigError: for an update that nobody serves, or that would take the place of an optimiser
+            for which it cannot stand in.
     """
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], kind: type[Optimizer], options: dict[str, Any]
+        self,
+        groups: Iterable[dict[str, Any]],
+        kind: type[Optimizer],
+        options: dict[str, Any],
+        otherwise: str = "",
     ) -> None:
         groups = list(groups)
         known = {DEFAULT, *UPDATES}
@@ -69,6 +77,9 @@ class GroupedOptimizer(Optimizer):
         for name in dict.fromkeys(g.get("update", DEFAULT) for g in groups):
             own = [g for g in self.param_groups if g.get("update", DEFAULT) == name]
             made: Callable[..., Optimizer] = kind if name == DEFAULT else UPDATES[name]
+            unfit = None if name == DEFAULT else getattr(made, "unfit", None)
+            if unfit is not None and (why := unfit(kind, options, own)):
+                raise ConfigError(f"optimizer: the update {name!r} {why}{otherwise}")
             shared = options.keys() & getattr(made, "shared", ())
             chosen = options if name == DEFAULT else {key: options[key] for key in shared}
             # The groups themselves, so that a rate set here is the rate that is used there.
@@ -145,13 +156,16 @@ def _named(key: str, group: dict[str, Any]) -> str:
 
 
 def build_optimizer(
-    groups: list[dict[str, Any]], kind: type[Optimizer], options: dict[str, Any]
+    groups: list[dict[str, Any]],
+    kind: type[Optimizer],
+    options: dict[str, Any],
+    otherwise: str = "",
 ) -> Optimizer:
     """Return `kind` over the groups, or a `GroupedOptimizer` if some ask for another update."""
     if all(group.get("update", DEFAULT) == DEFAULT for group in groups):
         made: Callable[..., Optimizer] = kind
         return made(groups, **options)
-    return GroupedOptimizer(groups, kind, options)
+    return GroupedOptimizer(groups, kind, options, otherwise)
 
 
 def optimizer(
@@ -177,4 +191,4 @@ def optimizer(
     >>> attached = polyrank.attach(optimizer, model)  # doctest: +SKIP
     """
     groups = parameter_groups(model, lr, weight_decay, adapter=adapter)
-    return build_optimizer(groups, kind, options)
+    return build_optimizer(groups, kind, options, adapter_of(model, adapter).method.otherwise)

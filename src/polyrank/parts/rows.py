@@ -38,6 +38,21 @@ class RowsAdamW(Optimizer):
 
     shared: ClassVar[frozenset[str]] = frozenset({"betas", "eps"})
 
+    @staticmethod
+    def unfit(kind: type[Optimizer], options: dict[str, Any], groups: list[dict[str, Any]]) -> str:
+        """Say why it is not the AdamW, or the Adam without decay, that the run asked for."""
+        if kind not in (torch.optim.Adam, torch.optim.AdamW):
+            return f"cannot stand in for {kind.__name__}, expected Adam or AdamW; use one"
+        if odd := [name for name in ("amsgrad", "maximize") if options.get(name)]:
+            return f"cannot stand in for {kind.__name__} with {odd[0]}=True; leave it out"
+        decay = max(group.get("weight_decay", 0.0) for group in groups)
+        if kind is torch.optim.Adam and decay and not options.get("decoupled_weight_decay"):
+            return (
+                f"cannot stand in for Adam with weight_decay={decay}, which it adds to gradients; "
+                "use AdamW, or no decay"
+            )
+        return ""
+
     def __init__(
         self,
         params: Iterable[Any],
