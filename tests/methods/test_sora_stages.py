@@ -326,6 +326,14 @@ def test_what_is_in_the_base_alone_is_not_exported(tmp_path, caplog):
     assert result.system()["figures"]
 
 
+def test_a_base_that_changes_has_no_stages():
+    method = pr.method("sora", r=2, schedule=[0.0, 0.1])
+    with pytest.raises(ConfigError, match="absorb: ends the replicas that sora shows"):
+        engine.run(
+            tiny_vit(), few_digits(rows=8, tasks=2), method, strategies=["absorb"], progress=False
+        )
+
+
 def test_a_stream_that_is_read_once_has_no_stages():
     stream = replace(few_digits(rows=8, tasks=2), passes=1)
     method = pr.method("sora", r=2, schedule=[0.0, 0.1])

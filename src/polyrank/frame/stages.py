@@ -70,10 +70,11 @@ class Boundary:
     """The state machine of a task, and the only place where shapes or base weights may change.
 
     No optimiser exists while it runs. `persistent` says that factors keep their meaning from task
-    to task.
+    to task, `replicates` that it shows replicas after a task, which end where base weights change.
     """
 
     persistent: bool = True
+    replicates: bool = False
 
     def start(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> None:
         """Prepare a task: append ranks, split, collect prototypes."""

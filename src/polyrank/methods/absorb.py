@@ -64,3 +64,8 @@ class Absorb(Strategy):
                 f"ends every task with fresh ranks, and so does {method.name} in its own way; "
                 "drop one of the two"
             )
+        if method.boundary().replicates:
+            yield (
+                f"ends the replicas that {method.name} shows after a task, with the base that they "
+                "stand on; drop one of the two"
+            )

@@ -283,6 +283,8 @@ class Stages(Recorded):
         roles: what trains in later stages, None for all.
     """
 
+    replicates = True
+
     def __init__(
         self, name: str, stages: int, *, steps: int, check_every: int, roles: Sequence[str] | None
     ) -> None:

@@ -131,7 +131,15 @@ def _revived(parts: Parts, noted: Mapping[str, Any], name: str) -> tuple[Parts, 
     found = {key: t for key, t in parts.items() if key.startswith(_SHARED)}
     found |= {f"polyrank_{key}": t for key, t in held.items()}
     found |= {"polyrank_A.weight": A[bank:], "polyrank_B.weight": B[:, last:]}
-    own = ("r", "bank", "bank_values", "segments", "order", "evaluating", "replicas")
+    own: tuple[str, ...] = (
+        "r",
+        "bank",
+        "bank_values",
+        "segments",
+        "order",
+        "evaluating",
+        "replicas",
+    )
     own += ("core", "replica_cores")
     shapes = {**{key: value for key, value in noted.items() if key not in own}, "r": r}
     if core := noted.get("replica_cores", {}).get(name, noted.get("core")):
