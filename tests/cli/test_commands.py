@@ -125,6 +125,23 @@ def test_every_fault_is_named_before_anything_happens(capsys, tmp_path, monkeypa
     assert not (tmp_path / "x").exists()
 
 
+def test_faults_of_settings_do_not_hide_what_cannot_be_combined(capsys):
+    words = ["--method", "mora", "--with", "ewc", "--train", "epochs=-1"]
+    first, second = faults(capsys, "run", *words)
+    assert "epochs: got -1" in first
+    assert "mora trains other ranks in each task" in second
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--set", "xyzzy=1"), ("--train", "xyzzy=1"), ("--references", "xyzzy")],
+    ids=["option", "setting", "reference"],
+)
+def test_without_a_guess_the_remedy_is_to_choose(capsys, words):
+    (line,) = faults(capsys, "run", *words)
+    assert "; choose one" in line
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

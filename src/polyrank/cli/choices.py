@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from polyrank.cli.lists import several
 from polyrank.cli.values import pairs
 from polyrank.errors import ConfigError
 
@@ -83,7 +85,8 @@ def choose(wanted: Wanted, file: Path | None, problems: list[str]) -> Choice:
         )
     name = frame.slug(method or name)
     small = SMALL.get(name, {}) if wanted.model is None and method is None else {}
-    made = _collect(problems, frame.method, name, **{**small, **(wanted.options or {})})
+    options = _collect(problems, lambda: _lists(name, {**small, **(wanted.options or {})}))
+    made: Any = None if options is None else _collect(problems, frame.method, name, **options)
     settings = _collect(problems, lambda: Settings.build(wanted.train or {}))
     combined = [
         _collect(problems, frame.method, each, **given) for each, given in wanted.strategies or ()
@@ -98,8 +101,20 @@ def choose(wanted: Wanted, file: Path | None, problems: list[str]) -> Choice:
         if isinstance(s, frame.Method)
     ]
     if problems:
-        raise ConfigError(problems)
+        # What would be refused next is told as well.
+        methods = [made] if isinstance(made, frame.Method) else []
+        fit = [s for s in combined if isinstance(s, frame.Strategy)]
+        more = [p for m in methods for p in frame.combination_problems(m, fit)]
+        raise ConfigError([*problems, *more])
     return Choice(made, combined, settings)
+
+
+def _lists(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options, "1,3" as a list where that is what an option holds."""
+    from polyrank import frame
+
+    known = {spec.name: spec.type for spec in fields(frame.get(name))}
+    return {key: several(given, known.get(key)) for key, given in options.items()}
 
 
 def _collect(problems: list[str], make: Callable[..., Any], /, *words: str, **values: Any) -> Any:

@@ -236,7 +236,7 @@ def unknown(references: Sequence[str]) -> Iterator[str]:
     """Yield a sentence for every reference that is none."""
     for name in references:
         if name not in REFERENCES:
-            words = f"{', '.join(REFERENCES)};{nearest(name, REFERENCES)}"
+            words = f"{', '.join(REFERENCES)};{nearest(name, REFERENCES) or ' choose one'}"
             yield f"references: got {name!r}, expected {words}"
 
 

@@ -40,7 +40,8 @@ class Result:
             return next(system for system in systems if system["role"] == "method")
         if name not in names:
             raise ConfigError(
-                f"system: got {name!r}, expected one of {', '.join(names)};{nearest(name, names)}"
+                f"system: got {name!r}, expected one of {', '.join(names)};"
+                f"{nearest(name, names) or ' choose one'}"
             )
         return systems[names.index(name)]
 

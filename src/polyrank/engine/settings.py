@@ -58,7 +58,7 @@ class Settings:
         if self.schedule not in SCHEDULES:
             yield (
                 f"schedule: got {self.schedule!r}, expected one of {', '.join(SCHEDULES)};"
-                f"{nearest(str(self.schedule), SCHEDULES)}"
+                f"{nearest(str(self.schedule), SCHEDULES) or ' choose one'}"
             )
 
     @classmethod
@@ -71,7 +71,7 @@ class Settings:
         known = {spec.name for spec in fields(cls)}
         problems = [
             f"train: unknown setting {key!r}, expected one of {', '.join(sorted(known))};"
-            f"{nearest(key, known)}"
+            f"{nearest(key, known) or ' choose one'}"
             for key in values
             if key not in known
         ]

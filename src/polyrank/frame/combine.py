@@ -44,12 +44,12 @@ def _shows(entry: Method | Strategy) -> bool:
 
 
 def _meaning(method: Method, strategies: Sequence[Strategy]) -> Iterator[str]:
-    changing = [s.name for s in strategies if s.structural]
+    changing = [f"{s.name} begins anew after each" for s in strategies if s.structural]
     if not method.boundary().persistent:
-        changing.append(method.name)
+        changing.append(f"{method.name} trains other ranks in each task")
     for strategy in strategies:
         if strategy.persistent and changing:
             yield (
                 f"{strategy.name}: needs factors that keep their meaning from task to task, but "
-                f"{', '.join(changing)} begins anew after each; drop one of them"
+                f"{', and '.join(changing)}; drop one of them"
             )

@@ -99,7 +99,7 @@ def method(name: str, /, **options: Any) -> Any:
     options, problems = _preset(cls, options)
     problems += [
         f"{cls.name}: unknown option {key!r}, expected one of {', '.join(known)};"
-        f"{nearest(key, known)}"
+        f"{nearest(key, known) or ' choose one'}"
         for key in options
         if key not in known
     ]

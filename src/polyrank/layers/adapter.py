@@ -43,7 +43,8 @@ class ModelAdapter(Adapter):
         """Return the trained parameters of the layers grouped by "block", "layer" or "matrix"."""
         if by not in BY:
             raise ConfigError(
-                f"groups: got {by!r}, expected one of {', '.join(BY)};{nearest(by, BY)}"
+                f"groups: got {by!r}, expected one of {', '.join(BY)};"
+                f"{nearest(by, BY) or ' choose one'}"
             )
         found: dict[object, list[nn.Parameter]] = {}
         for index, layer in enumerate(self.layers):

@@ -178,7 +178,7 @@ def lora_groups(
     if unknown := sorted(options.keys() - set(known)):
         raise ConfigError(
             f"altlora: unknown option {unknown[0]!r}, expected one of {', '.join(known)};"
-            f"{nearest(unknown[0], known)}"
+            f"{nearest(unknown[0], known) or ' choose one'}"
         )
     params: list[nn.Parameter] = []
     pairs: list[dict[str, Any]] = []
