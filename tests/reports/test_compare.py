@@ -434,14 +434,6 @@ def test_the_baseline_is_a_label_or_a_name(tmp_path):
         compare_view.gather([tmp_path], "smora")
 
 
-def test_without_a_reference_there_are_no_differences(tmp_path):
-    write(tmp_path / "a", [method(two(0.9, 0.5, 0.9))])
-    text, rows = compared(tmp_path)
-    assert "choose what they are taken to by --baseline LABEL, one of 'smora r=4'." in text
-    assert "## Difference" not in text
-    assert rows["smora r=4"]["baseline"] == ""
-
-
 def picture(systems, tmp_path, **more):
     write(tmp_path, systems, **more)
     # Half the dots a line, which is quicker.

@@ -1,10 +1,12 @@
 """What a comparison says of runs that were not trained alike."""
 
+import csv
+import io
 import math
 
 from polyrank import metrics
 from polyrank.io import RunFolder
-from polyrank.reports import compare_view
+from polyrank.reports import compare_table, compare_view
 
 MATRIX = [[0.9, math.nan], [0.5, 0.9]]
 
@@ -58,3 +60,18 @@ def test_seeds_of_one_configuration_were_trained_alike(tmp_path):
     for seed in range(2):
         write(tmp_path / str(seed), "mora", "sequential", seed=seed, lr=0.1)
     assert notes(tmp_path) == []
+
+
+def test_without_a_reference_there_are_no_differences(tmp_path):
+    write(tmp_path / "a", "mora", lr=0.1)
+    found = compare_view.gather([tmp_path])
+    text = compare_table.markdown(found)
+    assert "choose what they are taken to by --baseline LABEL, one of 'mora r=4'." in text
+    assert "## Difference" not in text
+    (row,) = csv.DictReader(io.StringIO(compare_table.sheet(found)))
+    assert (row["system"], row["baseline"]) == ("mora r=4", "")
+
+
+def test_a_baseline_that_was_chosen_needs_no_note(tmp_path):
+    write(tmp_path / "a", "mora", "sora", lr=0.1)
+    assert compare_view.gather([tmp_path], "sora").notes == []

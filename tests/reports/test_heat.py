@@ -12,7 +12,7 @@ from polyrank import reports
 from polyrank.errors import RunError
 from polyrank.io import RunFolder
 from polyrank.io.runs import figure_files
-from polyrank.reports import heat_picture
+from polyrank.reports import heat_picture, words
 from polyrank.reports.heat import Heat, heats
 
 NAN = math.nan
@@ -76,6 +76,14 @@ def test_the_scale_holds_zero_and_numbers_have_the_digits_they_need(
     known = ~np.isnan(found.values[0])
     got = [found.share(value) for value in found.values[0][known]]
     assert got == [share for share, ok in zip(shares, known, strict=True) if ok]
+
+
+def test_a_row_of_means_changes_neither_counts_nor_paths():
+    shown = heat([[8, 12], [9, 16], [8.5, 14]])
+    assert [shown.text(value) for value in (8.0, 16.0, 8.5)] == ["8", "16", "8.5"]
+    assert heat([[0.5, 1.0], [0.25, 1.0]]).text(1.0) == "1.00"
+    rows = ["model.layers.0.q", "model.layers.1.q", "mean"]
+    assert words.trimmed(rows) == ["layers.0.q", "layers.1.q", "mean"]
 
 
 def test_every_figure_has_a_table_and_a_picture(figured):

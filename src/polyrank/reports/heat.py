@@ -50,7 +50,10 @@ class Heat:
         known = self.values[~np.isnan(self.values)]
         top = max(abs(self.low), abs(self.high))
         whole = bool((known == np.round(known)).all())
-        digits = 0 if whole or top >= 100 else 1 if top >= 10 else 2
+        # A last row of means does not make fractions of the counts above it.
+        above = self.values[:-1][~np.isnan(self.values[:-1])]
+        counts = above.size and bool((above == np.round(above)).all()) and value == round(value)
+        digits = 0 if whole or counts or top >= 100 else 1 if top >= 10 else 2
         return words.fraction(value, digits)
 
 

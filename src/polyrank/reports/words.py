@@ -26,14 +26,18 @@ def clipped(text: str, length: int) -> str:
 
 
 def trimmed(paths: Sequence[str]) -> list[str]:
-    """Layer paths without what all of them share at the front, but for one part of it."""
-    split = [path.split(".") for path in paths]
+    """Layer paths without what all of them share at the front, but for one part of it.
+
+    What has no dots, such as a row of means, is no path and stays as it is.
+    """
+    split = [path.split(".") for path in paths if "." in path]
     shared = 0
     while len(split) > 1 and all(
         len(parts) > shared + 1 and parts[shared] == split[0][shared] for parts in split
     ):
         shared += 1
-    return [".".join(parts[max(0, shared - 1) :]) for parts in split]
+    first = max(0, shared - 1)
+    return [".".join(path.split(".")[first:]) if "." in path else path for path in paths]
 
 
 def whole(value: int | None) -> str:
