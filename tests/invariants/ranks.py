@@ -32,7 +32,7 @@ def tools():
     return module.Tools()
 
 
-METHODS = {"smora": {"balance": 0.01}, "dylora": {"mode": "frozen"}}
+METHODS = {"smora": {"balance": 0.01}, "dylora": {"mode": "frozen"}, "mora": {"k": 3, "tau": 0.3}}
 
 
 def adapted(helper, name="smora"):
@@ -152,6 +152,7 @@ def main(folder, rank, world):
     for road, (model, fact) in {
         "attach": attached(helper, rank, world),
         "nested": attached(helper, rank, world, "dylora"),
+        "chosen": attached(helper, rank, world, "mora"),
         "trainer": trained(helper, folder, world),
         "phase": phased(helper, rank, world),
     }.items():
