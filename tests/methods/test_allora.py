@@ -317,3 +317,51 @@ def test_true_gradients_and_scaled_ones_are_no_pair():
     (problem,) = conflicts([*ours, *theirs])
     assert "'idle' expects an untouched true_grad, but 'scaledgradient' changes it" in problem
     assert conflicts([*pr.method("allora", apply_to="update").rules(), *theirs]) == []
+
+
+def test_factors_are_those_of_the_update_where_a_start_is_subtracted():
+    _, view = layer_of()
+    with torch.no_grad():
+        view.shadow = (view.A, view.B, None)
+        (still,) = row_scales([view], 4.0)
+        assert torch.equal(still, torch.full_like(still, 2.0))
+        view.A.add_(1e-4 * draw(R, D_IN, key=7))
+        view.B.add_(1e-4 * draw(D_OUT, R, key=8))
+    for shadow in (view.shadow, (view.shadow[0], view.shadow[1], torch.full((R,), 0.5).double())):
+        view.shadow = shadow
+        (found,) = row_scales([view], 4.0)
+        expected = (torch.linalg.norm(view.delta(), dim=1) + 0.25).rsqrt()
+        assert_close(found, expected)
+    # More ranks than the start has.
+    view.shadow = (view.shadow[0][:2], view.shadow[1][:, :2], None)
+    (found,) = row_scales([view], 4.0)
+    assert_close(found, (torch.linalg.norm(view.delta(), dim=1) + 0.25).rsqrt())
+
+
+def test_factors_are_in_single_precision_inside_autocast_too():
+    _, view = layer_of(dtype=torch.float32)
+    (expected,) = row_scales([view], 4.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = row_scales([view], 4.0)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("form", ["output", "forward"])
+def test_roots_of_answers_in_half_precision_are_taken_in_single(form):
+    core = ByOutput(1, 4.0, forward=form == "forward")
+    f = torch.linspace(-3, 3, 997).bfloat16()[:, None].requires_grad_()
+    A = torch.ones(1, 1, requires_grad=True)
+    y = core.outcome(lambda x, A, B: f if A.requires_grad else f.detach(), f, A, A)
+    assert y.dtype == torch.bfloat16
+    a = (f.detach().float().abs() + 0.25).rsqrt()
+    if form == "forward":
+        assert torch.equal(y, (f.float() * a).bfloat16())
+    else:
+        (found,) = torch.autograd.grad(y, f, torch.ones_like(f))
+        assert torch.equal(found, a.bfloat16())
+
+
+def test_a_start_that_is_subtracted_is_not_lent_to_what_acts_behind_b():
+    pr.method("allora", init_by="lora-ga")
+    with pytest.raises(ConfigError, match=r"allora has ByOutput behind B.*choose another"):
+        pr.method("allora", form="output", init_by="lora-ga")

@@ -308,7 +308,13 @@ class Method(_Slots):
 
     def vital_sign(self, adapter: Adapter) -> dict[str, float]:
         """Return figures that are constant only if the method does nothing."""
-        norms = [torch.linalg.vector_norm(layer.B.detach().float()) for layer in adapter.layers]
+        norms = []
+        for layer in adapter.layers:
+            B = layer.B.detach().float()
+            if layer.shadow is not None and layer.shadow[1].shape == B.shape:
+                # A start that is subtracted is no sign of training.
+                B = B - layer.shadow[1].float()
+            norms.append(torch.linalg.vector_norm(B))
         return {"b_norm": float(torch.stack(norms).mean()) if norms else 0.0}
 
     @classmethod

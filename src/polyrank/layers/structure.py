@@ -22,6 +22,7 @@ from polyrank.layers.adapter import ModelAdapter, adapter_of
 from polyrank.layers.archive import negated, settled
 from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.hosts import HeadHost
+from polyrank.layers.shadows import cut_shadow, shadow_problems
 from polyrank.layers.views import Factor, Frozen, View
 
 
@@ -284,6 +285,8 @@ def _cut(model: nn.Module, view: View, ranks: Tensor, settings: dict[str, Any]) 
             f"keep: the ranks of the core {type(core).__name__} are ordered, got {ranks.tolist()} "
             f"at {view.site.path}; keep the first ones, 0..{len(ranks) - 1}, or truncate the model"
         )
+    if problems := shadow_problems([view]):
+        raise ConfigError(problems)
     ranks = ranks.to(view.A.device)
     site, gain = _resized(view, len(ranks)), core.shortened(len(ranks))
     fresh = view.method.core(site)
@@ -295,6 +298,7 @@ def _cut(model: nn.Module, view: View, ranks: Tensor, settings: dict[str, Any]) 
         A, B = view.A.index_select(0, ranks), view.B.index_select(1, ranks)
         # Into the live ranks alone: bank, archive, shadow and replicas share the layer's scale.
         B = B if gain == 1 else B * gain
+        cut_shadow(view, ranks, gain)
         for key, param in fresh.named_parameters():
             param.data = values[key]
         view.site = site
@@ -331,6 +335,8 @@ def truncate(model: nn.Module, r: int, *, adapter: str | None = None) -> None:
     for view in found.layers:
         # A core that has no such form says so here, before any layer is cut.
         view.method.core(_resized(view, r))
+    if problems := shadow_problems(found.layers):
+        raise ConfigError(problems)
     for view in found.layers:
         _cut(model, view, torch.arange(r), {})
 

@@ -28,7 +28,7 @@ from typing import ClassVar
 
 import torch
 
-from polyrank.frame import Adapter, Init, Method, register
+from polyrank.frame import Adapter, Identity, Init, Method, Site, register
 from polyrank.parts.starts import DIRECTIONS, MAGNITUDES, GradientStart
 
 
@@ -69,6 +69,16 @@ class LoRAGA(Method):
         """Check the size."""
         if not self.gamma > 0:
             yield f"gamma: got {self.gamma}, expected > 0; 16 is the paper's"
+
+    def lends(self, what: str, to: Method) -> Iterator[str]:
+        """Say that what acts behind B would act on what is subtracted as well."""
+        yield from super().lends(what, to)
+        core = to.core(Site(path="", d_in=to.r, d_out=to.r, r=to.r, alpha=to.alpha))
+        if isinstance(core, Identity) and core.epilogue == "python":
+            yield (
+                f"{to.name} has {type(core).__name__} behind B, which would see the whole of B A x "
+                "and not what it has gone from its start"
+            )
 
     def init(self) -> Init:
         """Start from the gradient."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from polyrank.frame import ORDER, Adapter, Core, Identity, Layer, Rule, Step, Workshop
+from polyrank.layers.precision import exact
 from polyrank.layers.views import wide
 
 if TYPE_CHECKING:
@@ -19,22 +20,39 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def row_scales(layers: Sequence[Layer], eta2: float) -> list[Tensor]:
-    """Return a_i = (‖(B A)_i‖ + 1/η²)^(−1/2), (d_out,), of every layer, in fp32 at least.
+    """Return a_i = (‖(B A − B0 A0)_i‖ + 1/η²)^(−1/2), (d_out,), of every layer, in fp32 at least.
 
     ‖(B A)_i‖² = b_i (A Aᵀ) b_iᵀ: B A is never formed, and layers of equal shape are one product.
+    B0 A0 is a start that is subtracted; mostly there is none.
     """
     found: dict[int, Tensor] = {}
     groups: dict[Any, list[int]] = {}
-    for place, layer in enumerate(layers):
-        key = (layer.A.shape, layer.B.shape, layer.A.dtype, layer.A.device)
-        groups.setdefault(key, []).append(place)
-    for places in groups.values():
-        A = torch.stack([wide(layers[n].A) for n in places])
-        B = torch.stack([wide(layers[n].B) for n in places])
-        # Rounding may leave a zero row below zero.
-        squares = ((B @ (A @ A.mT)) * B).sum(-1).clamp_min(0)
-        found.update(zip(places, (squares.sqrt() + 1 / eta2).rsqrt().unbind(), strict=True))
+    pairs = [_factors(layer) for layer in layers]
+    for place, (A, B) in enumerate(pairs):
+        groups.setdefault((A.shape, B.shape, A.dtype, A.device), []).append(place)
+    for (_, _, _, device), places in groups.items():
+        with exact(device.type):
+            A = torch.stack([pairs[n][0] for n in places])
+            B = torch.stack([pairs[n][1] for n in places])
+            # Rounding may leave a zero row below zero.
+            squares = ((B @ (A @ A.mT)) * B).sum(-1).clamp_min(0)
+            found.update(zip(places, (squares.sqrt() + 1 / eta2).rsqrt().unbind(), strict=True))
     return [found[n] for n in range(len(layers))]
+
+
+def _factors(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Return wide (A, B) whose product is the layer's update over s."""
+    A, B = wide(layer.A), wide(layer.B)
+    if layer.shadow is None:
+        return A, B
+    A0, B0, delta = layer.shadow
+    A0, B0 = wide(A0), wide(B0)
+    if delta is not None:
+        A0 = wide(delta) @ A0 if delta.dim() == 2 else wide(delta).reshape(-1, 1) * A0
+    if A0.shape != A.shape:
+        return torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
+    # B A − B0 A0 = (B − B0) A + B0 (A − A0): near the start the squares then do not cancel.
+    return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
 
 
 class ScaledGradient(Rule):
@@ -120,10 +138,14 @@ class ByOutput(Identity):
         """Return f, with scaled gradients, or f / √(|f| + 1/η²)."""
         if self.answers:
             f = product(x, A, B)
-            return f * (f.abs() + 1 / self.eta2).rsqrt()
+            return (f * self._root(f)).to(f.dtype)
         f = product(x.detach(), A, B)
-        f = f * (f.detach().abs() + 1 / self.eta2).rsqrt()
+        f = (f * self._root(f.detach())).to(f.dtype)
         return product(x, A.detach(), B.detach()) + (f - f.detach())
+
+    def _root(self, f: Tensor) -> Tensor:
+        """Return 1 / √(|f| + 1/η²) in fp32 at least, also for answers in half precision."""
+        return (wide(f).abs() + 1 / self.eta2).rsqrt()
 
     def delta(self, condition: Tensor | None = None) -> Tensor:
         """Return the identity, unless the answer is no linear map."""

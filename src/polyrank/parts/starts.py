@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from polyrank.errors import ConfigError
 from polyrank.frame import Init, Layer, Site
 from polyrank.parts.decompose import leading
 from polyrank.parts.square import Square
@@ -79,6 +80,12 @@ class GradientStart(Init):
         f = self._factor(layer, stat, rng)
         A, B = f * Vt[rows], f * U[:, columns]
         if self.norm_clip:
+            if not bool(stat["weight"].any()):
+                raise ConfigError(
+                    f"norm_clip at {layer.site.path}: the base weight is all zero, and a start of "
+                    "no size could never move; use norm_clip=False, or leave the layer out with "
+                    "exclude_modules"
+                )
             most = layer.scale * (B @ A).abs().max()
             shrink = (stat["weight"].abs().max().to(A) / most).clamp(max=1.0).sqrt()
             A, B = shrink * A, shrink * B
