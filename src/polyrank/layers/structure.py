@@ -267,15 +267,10 @@ def _cut(model: nn.Module, view: View, ranks: Tensor, settings: dict[str, Any]) 
     if core.widths != (r, r):
         raise ConfigError(
             f"keep: the core {type(core).__name__} maps {core.widths}, and ranks can be kept one "
-            f"by "
-            "one only where A's rows and B's columns correspond"
+            "by one only where A's rows and B's columns correspond"
         )
-    if (
-        not len(ranks)
-        or len(ranks.unique()) != len(ranks)
-        or not int(ranks.min()) >= 0
-        or (int(ranks.max()) >= r)
-    ):
+    different = len(ranks) and len(ranks.unique()) == len(ranks)
+    if not different or int(ranks.min()) < 0 or int(ranks.max()) >= r:
         raise ConfigError(
             f"keep: got ranks {ranks.tolist()} at {view.site.path}, expected different numbers out "
             f"of 0..{r - 1}, one at least"
@@ -371,8 +366,7 @@ def replica(model: nn.Module, name: str, *, adapter: str | None = None) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-]*", name) or name in taken:
         raise ConfigError(
             f"replica: got name {name!r}, expected letters, digits, '_' and '-', and neither "
-            f"'base' "
-            "nor the name of an adapter; choose another, for example 'slow'"
+            "'base' nor the name of an adapter; choose another, for example 'slow'"
         )
     for view in found.layers:
         view.module.replicate(found.name, name)

@@ -8,7 +8,8 @@ Maths: y = W x + b + s B R A x;  R (r, r) trains, A (r, d_in) and B (d_out, r) a
 Source: arXiv:2411.19557, theorems 3 to 5, and its released code.
 Differs from the released code: factors stay in fp32 and the decomposition oversamples
     (`released=True`: rounded to bf16, and not); η is the first rate of the run, not that of the
-    estimation's own loader; rows count alike, whatever the batch; no decay unless the run asks.
+    estimation's own loader; terms of the loss count alike, whatever the batch: rows, or the tokens
+    of texts, of which long ones then count more; no decay unless the run asks.
 Limits: r <= min(d_in, d_out); not neutral at start. Cost: r² weights with optimiser state,
     r (d_in + d_out) + r² operations a token, the input is not kept for backward; once a pass over
     some rows and a decomposition a layer.
@@ -23,7 +24,7 @@ import math
 import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 
@@ -39,7 +40,7 @@ class LoRASB(Method):
 
     Args:
         scaling: the number s > 0; 1 is the paper's, and drops out of the gradient.
-        rows: n >= 1, rows whose gradients are summed; 0.1 % of the data is the paper's.
+        rows: n >= 1, rows whose terms' gradients are summed; 0.1 % of the data is the paper's.
         eta: η > 0, the size of the first update; None is the learning rate of the first update.
         step: "sign", AdamW's first update, or "sgd".
         dropping: whether gradients are those of training mode, the model's dropout included.
@@ -80,7 +81,7 @@ class LoRASB(Method):
 
     def core(self, site: Site) -> Core:
         """Return R."""
-        return Square(site.r)
+        return Square(site.r, remembered=True)
 
     def init(self) -> Init:
         """Start with the first update taken."""
@@ -97,10 +98,9 @@ class LoRASB(Method):
         return site.r**2
 
     def vital_sign(self, adapter: Adapter) -> dict[str, float]:
-        """Return the mean norm of R off its diagonal, which is where it starts."""
-        cores = [layer.core.get_parameter("weight").detach() for layer in adapter.layers]
-        norms = [torch.linalg.norm(R) - torch.linalg.norm(R.diagonal()) for R in cores]
-        return {"off_diagonal": float(torch.stack(norms).mean()) if norms else 0.0}
+        """Return the mean norm of what R has gone from its start."""
+        moved = [cast("Square", layer.core).moved() for layer in adapter.layers]
+        return {"moved": float(torch.stack(moved).mean()) if moved else 0.0}
 
     @classmethod
     def samples(cls) -> list[Method]:

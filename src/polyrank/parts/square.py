@@ -19,19 +19,39 @@ class Square(Core):
     Args:
         r: ranks of A and B.
         std: R starts as N(0, std²), as 0 for std = 0.
+        remembered: whether the diagonal of a start is kept, (r,), and saved; it never trains.
     """
 
-    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"weight": ("rank", "rank")}
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "weight": ("rank", "rank"),
+        "start": ("rank",),
+    }
+    frozen = frozenset({"start"})
 
-    def __init__(self, r: int, std: float = 0.0) -> None:
+    def __init__(self, r: int, std: float = 0.0, *, remembered: bool = False) -> None:
         super().__init__()
         self.widths, self.std = (r, r), std
         self.weight = nn.Parameter(torch.empty(r, r))
+        kept = nn.Parameter(torch.empty(r), requires_grad=False) if remembered else None
+        self.register_parameter("start", kept)
 
     def fill(self, rng: torch.Generator) -> None:
         """Draw R."""
         drawn = torch.empty(self.weight.shape)
         self.weight.copy_(drawn.normal_(0, self.std, generator=rng) if self.std else drawn.zero_())
+        if self.start is not None:
+            self.start.zero_()
+
+    def begin(self, diagonal: Tensor) -> None:
+        """Write R = diag(s) for a start s (r,), and keep it."""
+        self.weight.copy_(torch.diag(diagonal))
+        if self.start is not None:
+            self.start.copy_(diagonal)
+
+    def moved(self) -> Tensor:
+        """Return ‖R − diag(s)‖, with s = 0 where none was kept."""
+        R = self.weight.detach()
+        return torch.linalg.norm(R if self.start is None else R - torch.diag(self.start))
 
     def forward(self, h: Tensor, z: Tensor | None, flow: Flow) -> Tensor:
         """Return R h."""

@@ -109,7 +109,7 @@ class UpdateStart(Init):
     """B R A = the best approximation of the first update D of the whole weight, over s.
 
     D = −η sign(Σ) or, for "sgd", −η Σ / n, Σ the sum of the gradients of n terms of the loss, in
-    fp32; D ≈ U diag(S) Vᵀ, B = U, A = Vᵀ, R = diag(S) / s.
+    fp32 (rows, or the tokens of texts); D ≈ U diag(S) Vᵀ, B = U, A = Vᵀ, R = diag(S) / s.
 
     Args:
         step: "sign" or "sgd".
@@ -151,7 +151,7 @@ class UpdateStart(Init):
             U, S, Vt = leading(D, r, rng, width=2 * r, passes=10)
         layer.A.copy_(Vt)
         layer.B.copy_(U)
-        cast("Square", layer.core).weight.copy_(torch.diag(S / layer.scale))
+        cast("Square", layer.core).begin(S / layer.scale)
 
 
 class WeightStart(Init):
