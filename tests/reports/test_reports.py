@@ -255,6 +255,19 @@ def test_the_page_shows_the_general_score_as_the_terminal_does(tmp_path, results
     assert "score on what no task trains" in " ".join(found.text)
 
 
+def test_tables_say_which_of_several_models_stands_for_a_system(results, tmp_path, build_run):
+    assert "evaluated beside it" not in reports.terminal_text(results)
+    other = {**results["systems"][0], "name": "smora@stage-0", "label": "smora (stage-0)"}
+    results["systems"].insert(1, {**other, "deploy": "stage-0"})
+    told = "smora r=16 k=4: the adapter as it is after its last phase; the models in brackets"
+    assert told in " ".join(reports.terminal_text(results).split())
+    assert told in " ".join(read(build_run(tmp_path / "several", results)).text)
+    results["systems"][0]["deploy"] = "slow"
+    assert "smora r=16 k=4: the model 'slow'; the" in " ".join(
+        reports.terminal_text(results).split()
+    )
+
+
 def test_the_csv_gives_back_every_score(run_folder, results):
     reports.report(run_folder)
     with open(run_folder / "matrix.csv", newline="", encoding="utf-8") as file:

@@ -6,11 +6,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
 from polyrank.engine.data import TaskRows
@@ -90,9 +90,9 @@ def run_phase(run: Training, phase: Phase, resume: dict[str, Any] | None = None)
     flowing = run.ends is not None
     sizes = [len(part) for part in run.parts] if flowing else [len(rows)]
     order = KeyedOrder(sizes, *key, repeats=settings.epochs if flowing else 1)
-    per_epoch = -(-len(order) // (settings.batch_size * settings.accumulation * _processes()))
-    steps = phase.steps or per_epoch * (1 if flowing else settings.epochs)
-    run.watch("phase", {**run.where, "phase": phase.name, "total": steps})
+    steps = updates(len(order), settings, phase, repeated=flowing)
+    place = dict(zip(("number", "of"), phase.place or (), strict=False))
+    run.watch("phase", {**run.where, "phase": phase.name, "total": steps, **place})
     objective = Objective(run.reader, run.method, run.strategies, phase.losses)
     objective.bind(adapter, run.workshop)
     with tempfile.TemporaryDirectory() as scratch:
@@ -117,6 +117,37 @@ def run_phase(run: Training, phase: Phase, resume: dict[str, Any] | None = None)
             adapter.train_only(None)
             run.model.eval()
     return float(output.training_loss)
+
+
+def updates(rows: int, settings: Settings, phase: Phase | None = None, *, repeated: bool) -> int:
+    """Return how many updates a phase has.
+
+    Args:
+        rows: of an epoch, on all processes together.
+        settings: the run's.
+        phase: its own number of steps wins.
+        repeated: whether `rows` holds all epochs already.
+    """
+    per_epoch = -(-rows // (settings.batch_size * settings.accumulation * _processes()))
+    own = 0 if phase is None else phase.steps
+    return own or per_epoch * (1 if repeated else settings.epochs)
+
+
+def first_rate(settings: Settings, steps: int, phase: Phase | None = None) -> float:
+    """Return the rate of the first update of a phase that moves anything, 0 if none does."""
+    begin, total = phase.span if phase is not None and phase.span else (0, steps)
+    probe = torch.optim.SGD([torch.zeros(1)], lr=settings.lr)
+    schedule = get_scheduler(
+        settings.schedule, probe, num_warmup_steps=_warmup(settings, total),
+        num_training_steps=total,
+    )  # fmt: skip
+    (shape,) = cast("Any", schedule).lr_lambdas
+    factors = (float(shape(index)) for index in range(begin, begin + steps))
+    return next((settings.lr * factor for factor in factors if factor), 0.0)
+
+
+def _warmup(settings: Settings, total: int) -> int:
+    return int(settings.warmup * total) if settings.schedule != "constant" else 0
 
 
 def _problems(run: Training, phase: Phase, adapter: ModelAdapter) -> list[str]:
@@ -160,7 +191,7 @@ def _arguments(
         learning_rate=settings.lr,
         weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.schedule,
-        warmup_steps=int(settings.warmup * total) if settings.schedule != "constant" else 0,
+        warmup_steps=_warmup(settings, total),
         max_grad_norm=settings.max_grad_norm,
         logging_steps=max(1, steps // 20),
         logging_nan_inf_filter=False,

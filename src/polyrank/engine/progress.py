@@ -51,12 +51,20 @@ class Bar:
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
         """Take one event."""
         if event == "phase" and self.lines is not None:
-            where = f"{fields['system']}: {fields['task']} ({fields['total']} updates)"
+            where = f"{fields['system']}: {_place(fields)} ({fields['total']} updates)"
             self.lines.print(where, markup=False, soft_wrap=True)
         if event == "phase" and self.on:
             if self.task is not None:
                 self.progress.remove_task(self.task)
-            where = f"{fields['system']}: {fields['task']}"
+            where = f"{fields['system']}: {_place(fields)}"
             self.task = self.progress.add_task(where, total=fields["total"], loss="-")
         elif event == "step" and self.task is not None:
             self.progress.update(self.task, completed=fields["step"], loss=f"{fields['loss']:.3f}")
+
+
+def _place(fields: dict[str, Any]) -> str:
+    """Return the task, and which of its phases this is where it has several."""
+    task, count = fields["task"], fields.get("of", 1)
+    if count > 1:
+        return f"{task}, stage {fields.get('number', 1)} of {count}"
+    return str(task)

@@ -21,6 +21,7 @@ class Phase:
     0 steps stand for the run's own schedule. `span` = (first, total) places the phase in a
     learning-rate schedule shared by several phases; `carry` maps the old optimiser state to the new
     one; `keep` is "last" or "best" (the best snapshot is put back at the end).
+    `place` = (number, of) says which of several phases of the task it is, from 1, for progress.
     """
 
     name: str = "train"
@@ -32,6 +33,7 @@ class Phase:
     carry: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     check_every: int = 0
     keep: str = "last"
+    place: tuple[int, int] | None = None
 
 
 @dataclass(kw_only=True)

@@ -300,10 +300,11 @@ class Stages(Recorded):
         if begun == self.stages:
             return None
         state["begun"] = begun + 1
+        place = (begun + 1, self.stages)
         if begun:
-            return Phase(name=f"{STAGE}{begun}", steps=self.steps, train=self.roles)
+            return Phase(name=f"{STAGE}{begun}", steps=self.steps, train=self.roles, place=place)
         keep = "best" if self.check_every else "last"
-        return Phase(name=f"{STAGE}0", check_every=self.check_every, keep=keep)
+        return Phase(name=f"{STAGE}0", check_every=self.check_every, keep=keep, place=place)
 
     def _keep(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> bool:
         name = f"{STAGE}{state['kept']}"

@@ -142,21 +142,20 @@ def gather(
     ordered = sorted(systems.values(), key=lambda system: system.role != "method")
     _tell_apart(ordered)
     base = _baseline(ordered, baseline, notes)
-    notes += _trained_differently(ordered)
     orders = {tuple(task["name"] for task in results["tasks"]) for _, results in found}
-    names = list(orders.pop()) if len(orders) == 1 else []
-    size = len(found[0][1]["tasks"])
+    numbers = [str(number + 1) for number, _ in enumerate(found[0][1]["tasks"])]
+    names = list(orders.pop()) if len(orders) == 1 else numbers
     scored = {t.get("metric", "accuracy") for _, results in found for t in results["tasks"]}
     return Comparison(
         stream=stream["name"],
         scenario=stream["scenario"],
         headline=headline,
-        tasks=names or [str(number) for number in range(1, size + 1)],
+        tasks=names,
         scored=sorted(scored),
         systems=ordered,
         baseline=base,
         runs=[folder.path.name for folder in folders],
-        notes=notes,
+        notes=[*notes, *_trained_differently(ordered)],
     )
 
 

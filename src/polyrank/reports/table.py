@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from polyrank.reports.view import System, systems
+from polyrank.reports.view import System, own_models, systems
 from polyrank.reports.words import fraction
 
 # Beyond this many tasks the matrices no longer fit beside each other; the averages stay.
@@ -35,7 +35,8 @@ def terminal_table(results: Mapping[str, Any]) -> Group:
         if len(tasks) <= _WIDE
         else f"Average accuracy over the tasks seen, after each of {len(tasks)} tasks"
     )
-    return Group(_head(head), first, Text(), _head("After the last task"), _summary(shown))
+    notes = [Text(line) for line in own_models(shown)]
+    return Group(_head(head), first, Text(), _head("After the last task"), _summary(shown), *notes)
 
 
 def terminal_text(results: Mapping[str, Any], width: int = 100) -> str:

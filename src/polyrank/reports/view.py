@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -45,6 +45,7 @@ class System:
     routing: Mapping[str, Any] | None
     general: tuple[float, ...] = ()  # held-out task, before the first task and after each
     extra_samples: float | None = None  # stored rows used for each update
+    deploy: str = ""  # which of several models it is; its own one may have no name
 
     def metric(self, name: str, view: str = "unrestricted") -> float:
         """A metric's value, NaN if it was not computed."""
@@ -66,6 +67,11 @@ class View:
         """The label of the method that was asked for, else its name."""
         name = self.run["method"]["name"]
         return next((s.label for s in self.systems if s.name == name), name)
+
+    @property
+    def notes(self) -> list[str]:
+        """Which model stands for a system that shows several."""
+        return own_models(self.systems)
 
     @property
     def error(self) -> float:
@@ -111,6 +117,18 @@ def systems(results: Mapping[str, Any]) -> list[System]:
     return [_system(system) for system in results["systems"]]
 
 
+def own_models(shown: Sequence[System]) -> list[str]:
+    """Say which model stands for a system that shows several."""
+    several = {system.name.partition("@")[0] for system in shown if "@" in system.name}
+    return [
+        f"{s.label}: "
+        + (f"the model {s.deploy!r}" if s.deploy else "the adapter as it is after its last phase")
+        + "; the models in brackets were evaluated beside it."
+        for s in shown
+        if s.name in several
+    ]
+
+
 def _system(data: Mapping[str, Any]) -> System:
     unrestricted = np.array(data["unrestricted"], dtype=np.float64)
     return System(
@@ -122,6 +140,7 @@ def _system(data: Mapping[str, Any]) -> System:
         metrics=data["metrics"],
         general=tuple(data.get("general") or ()),
         extra_samples=data.get("extra_samples"),
+        deploy=data.get("deploy") or "",
         curve=[_average(unrestricted, k) for k in range(1, len(unrestricted) + 1)],
         seconds=data["seconds"],
         trainable=data["trainable"],
