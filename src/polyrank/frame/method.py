@@ -315,6 +315,8 @@ class Method(_Slots):
                 # A start that is subtracted is no sign of training.
                 B = B - layer.shadow[1].float()
             norms.append(torch.linalg.vector_norm(B))
+        # A model may be spread over devices.
+        norms = [norm.to(norms[0].device) for norm in norms]
         return {"b_norm": float(torch.stack(norms).mean()) if norms else 0.0}
 
     @classmethod
