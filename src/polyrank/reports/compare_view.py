@@ -143,14 +143,13 @@ def gather(
     _tell_apart(ordered)
     base = _baseline(ordered, baseline, notes)
     orders = {tuple(task["name"] for task in results["tasks"]) for _, results in found}
-    numbers = [str(number + 1) for number, _ in enumerate(found[0][1]["tasks"])]
-    names = list(orders.pop()) if len(orders) == 1 else numbers
+    numbers = [str(number) for number in range(1, len(found[0][1]["tasks"]) + 1)]
     scored = {t.get("metric", "accuracy") for _, results in found for t in results["tasks"]}
     return Comparison(
         stream=stream["name"],
         scenario=stream["scenario"],
         headline=headline,
-        tasks=names,
+        tasks=list(orders.pop()) if len(orders) == 1 else numbers,
         scored=sorted(scored),
         systems=ordered,
         baseline=base,
