@@ -5,11 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import polyrank as pr
 from polyrank import engine
+from polyrank.engine.phase_trainer import PhaseTrainer
 from polyrank.engine.workshop import TaskWorkshop
 from polyrank.errors import ConfigError
+from polyrank.frame import Boundary, Phase
 from polyrank.layers import adapter_of
 from polyrank.testing import assert_close
 from polyrank.testing.streams import few_digits, tiny_vit
@@ -64,6 +67,65 @@ def test_the_adapter_of_a_run_loads_and_trains_on(tmp_path):
         assert torch.equal(mine.core.weight, theirs.core.weight)
         assert torch.equal(mine.A, theirs.A)
         assert not mine.waiting
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The rates of all updates, as a callback finds them at their begin."""
+    found = []
+
+    class Recorder(TrainerCallback):
+        def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+            found.append(lr_scheduler.get_last_lr()[0])
+
+    real = PhaseTrainer.prepare_phase
+
+    def watched(self, *words):
+        real(self, *words)
+        self.add_callback(Recorder())
+
+    monkeypatch.setattr(PhaseTrainer, "prepare_phase", watched)
+    return found
+
+
+class Stepped(Boundary):
+    """A phase of so many updates, within a longer schedule."""
+
+    def __init__(self, span):
+        self.span = span
+
+    def next(self, task, workshop, state):
+        if state.get("trained"):
+            return None
+        state["trained"] = True
+        return Phase(steps=12, span=self.span)
+
+
+@pytest.mark.parametrize(
+    ("how", "schedule"),
+    [
+        ("plain", "constant"),
+        ("accumulated", "cosine"),
+        ("steps", "linear"),
+        ("span", "cosine"),
+        ("flowing", "linear"),
+    ],
+)
+def test_the_step_of_the_start_is_the_rate_that_a_callback_sees(
+    tmp_path, rates, taken, monkeypatch, how, schedule
+):
+    stream = few_digits(rows=16, tasks=2 if how == "flowing" else 1)
+    train = {**FAST, "epochs": 4, "warmup": 0.3, "schedule": schedule}
+    if how == "flowing":
+        stream = replace(stream, scenario="task-free")
+    elif how == "accumulated":
+        train |= {"batch_size": 3, "accumulation": 2}
+    elif how != "plain":
+        made = Stepped((0, 40) if how == "span" else None)
+        monkeypatch.setattr(type(pr.method("lora-sb")), "boundary", lambda self: made)
+    go(tmp_path / "run", "lora-sb", stream=stream, train=train, r=3, rows=8)
+    assert len(taken) > 5
+    assert_close(rates[0], next(rate for rate in taken if rate))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch import nn
 
 from polyrank.engine.data import train_rows
 from polyrank.engine.marks import Marks
-from polyrank.engine.phase import Training, run_phase
+from polyrank.engine.phase import Training, first_rate, run_phase, updates
 from polyrank.engine.reading import Reader
 from polyrank.engine.replay import RowBuffer
 from polyrank.engine.state import model_state, restore_model
@@ -121,17 +121,22 @@ class Course:
         self.stage = "work"
 
     def _initialise(self, workshop: TaskWorkshop) -> None:
-        if workshop.initialise(self._first_rate(workshop)):
+        wants = self.system.method.starting().wants
+        rate = self._first_rate(workshop) if "rate" in wants else self.plan.settings.lr
+        if workshop.initialise(rate):
             self.services.watch("job", {**self.where(), "job": "start"})
 
     def _first_rate(self, workshop: TaskWorkshop) -> float:
         """Return the learning rate of the first update that moves anything."""
         settings = self.plan.settings
-        if settings.schedule == "constant" or not settings.warmup:
-            return settings.lr
+        # A copy of the state, so that the phase is given again when its time has come.
+        state = copy.deepcopy(self.states[0])
+        work = self.boundaries[0].next(self._shown(), workshop, state)
+        phase = work if isinstance(work, Phase) else None
         rows = sum(len(train_rows(self.stream[i])) for i in self.groups[self.group])
-        updates = -(-rows // (settings.batch_size * settings.accumulation)) * settings.epochs
-        return settings.lr / max(1, int(settings.warmup * updates))
+        rows *= settings.epochs if self.flowing else 1
+        steps = updates(rows, settings, phase, repeated=self.flowing)
+        return first_rate(settings, steps, phase) or settings.lr
 
     def _work(self) -> None:
         workshop = self._workshop()

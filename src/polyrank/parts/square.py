@@ -28,6 +28,8 @@ class Square(Core):
     }
     frozen = frozenset({"start"})
 
+    start: nn.Parameter | None
+
     def __init__(self, r: int, std: float = 0.0, *, remembered: bool = False) -> None:
         super().__init__()
         self.widths, self.std = (r, r), std
