@@ -131,8 +131,10 @@ def strategy(word: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ConfigError: if an option is no pair.
     """
+    from polyrank.frame.words import split
+
     name, _, options = word.partition(":")
-    return name, pairs(options.split(","), "--with") if options else {}
+    return name, pairs(split(options), "--with") if options else {}
 
 
 def borrowed(init: str | None, optim: str | None) -> list[str]:

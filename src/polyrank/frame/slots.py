@@ -179,7 +179,9 @@ class Rule:
     Rules run sorted by (order, name). A rule that `expects` what an earlier one `touches` is
     refused before loading. Whoever touches "grad" adds terms of the objective, or takes some away:
     what comes is still a gradient. "true_grad" is touched where it no longer is one, as by factors
-    for some rows; who expects "grad" wants neither.
+    for some rows; who expects "grad" wants neither. "factoring" is touched where A and B are
+    rescaled against each other while B A stays: who writes factors, touching "param", or weighs
+    their values in a penalty cannot stand that.
     """
 
     order: int = ORDER["project"]
@@ -302,6 +304,7 @@ class PenaltyRule(Rule):
 
     order = ORDER["penalty"]
     touches = frozenset({"grad"})
+    expects = frozenset({"factoring"})
 
     def __init__(self, penalty: Penalty) -> None:
         self.penalty = penalty
@@ -347,6 +350,7 @@ def conflicts(rules: Iterable[Rule]) -> list[str]:
                     "give one of them a name of its own"
                 )
             wanted = rule.expects | ({"true_grad"} if "grad" in rule.expects else frozenset())
+            wanted |= {"factoring"} if "param" in rule.touches else frozenset()
             both = wanted & earlier.touches
             if both:
                 problems.append(

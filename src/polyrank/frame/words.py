@@ -19,7 +19,7 @@ def worded(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.partition(":")
     found: dict[str, Any] = {}
     problems = []
-    for part in rest.split(",") if rest else ():
+    for part in split(rest) if rest else ():
         key, sign, value = part.strip().partition("=")
         if not sign or not key.isidentifier():
             problems.append(
@@ -32,6 +32,22 @@ def worded(text: str) -> tuple[str, dict[str, Any]]:
     if problems:
         raise ConfigError(problems)
     return name.strip(), found
+
+
+def split(text: str) -> list[str]:
+    """Split at commas that stand outside of brackets and double quotes."""
+    parts, depth, quoted, escaped = [""], 0, False, False
+    for letter in text:
+        if letter == "," and not depth and not quoted:
+            parts.append("")
+            continue
+        if letter == '"' and not escaped:
+            quoted = not quoted
+        elif not quoted:
+            depth += (letter in "[{") - (letter in "]}" and depth > 0)
+        escaped = letter == "\\" and not escaped
+        parts[-1] += letter
+    return parts
 
 
 def _value(text: str) -> Any:

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 from polyrank.frame import Adapter, Group, Identity, Method, Rule, Site, register
 from polyrank.parts import alternating  # noqa: F401 - it serves the update
-from polyrank.parts.pairs import OPTIONS, Idle, option_problems, pair_group, pairable
+from polyrank.parts.pairs import OPTIONS, Balanced, Idle, option_problems, pair_group, pairable
 
 
 @register
@@ -49,7 +49,7 @@ class AltLoRA(Method):
         bias_correction: whether the rate is divided by 1 − β1ᵗ.
         clip: largest norm of s B h over all layers, which no refactoring changes; 0 for none.
         balance_every: steps between rescalings of A and B to like norms, by powers of two, which
-            leave B A as it is; 0 for none.
+            leave B A as it is, and go with no rule or penalty on factors; 0 for none.
     """
 
     factor_lr: float = 1.0
@@ -110,8 +110,8 @@ class AltLoRA(Method):
         return [group for group in (pairs, *others) if group.params]
 
     def rules(self) -> list[Rule]:
-        """Drop the gradient of the factor that stands still."""
-        return [Idle()]
+        """Drop the gradient of the factor that stands still; tell what the optimiser rescales."""
+        return [Idle(), *([Balanced()] if self.balance_every else [])]
 
     @classmethod
     def samples(cls) -> list[Method]:

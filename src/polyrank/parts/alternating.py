@@ -64,7 +64,8 @@ class Alternating(Optimizer):
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(groups, dict(DEFAULTS))
-        self.gates: dict[int, Tensor] = {}
+        # By identity, which a copy of both keeps.
+        self.gates: dict[Tensor, Tensor] = {}
         problems = [problem for group in self.param_groups for problem in group_problems(group)]
         if problems:
             raise ConfigError(problems)
@@ -73,20 +74,29 @@ class Alternating(Optimizer):
 
     def weigh(self, A: nn.Parameter, gate: Tensor) -> None:
         """Tell the diagonal (r,) that stands between A and its B; read anew at every step."""
-        self.gates[id(A)] = gate
+        self.gates[A] = gate
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep the gates in copies, beside what torch keeps."""
+        return {**super().__getstate__(), "gates": self.gates}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move one factor of every pair, or with `joint` A and then B.
 
         Raises:
-            RunError: if a factor has no gradient or a Gram matrix cannot be factored; nothing has
-                moved then.
+            RunError: if a factor has no gradient, with `joint` one that is not finite, or a Gram
+                matrix cannot be factored; nothing has moved then, but that with `joint` A moves
+                before the Gram matrix of B's step is known.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            for entry in group["pairs"]:
+                self._gate(group, entry)
+            _check_gradients(group)
         for group in self.param_groups:
             with exact(group["params"][0].device.type):
                 for side in active(group):
@@ -97,19 +107,23 @@ class Alternating(Optimizer):
                     self._balance(group)
         return loss
 
+    def _gate(self, group: dict[str, Any], entry: dict[str, Any]) -> Tensor | None:
+        """Return the diagonal between the factors of a pair, or None."""
+        gate = self.gates.get(group["params"][entry["A"]]) if entry["gated"] else None
+        if entry["gated"] and gate is None:
+            raise RunError(
+                f"altlora at {entry['name']}: nobody told the gate between the factors; train "
+                "with polyrank.Trainer, or call polyrank.attach(optimizer, model)"
+            )
+        return gate
+
     def _pairs(self, group: dict[str, Any], side: str) -> Iterator[list[Pair]]:
         """Yield the pairs in buckets of equal shape."""
         other = "B" if side == "A" else "A"
         buckets: dict[Any, list[Pair]] = {}
         for entry in group["pairs"]:
             P, F = group["params"][entry[side]], group["params"][entry[other]]
-            gate = self.gates.get(id(group["params"][entry["A"]])) if entry["gated"] else None
-            if entry["gated"] and gate is None:
-                raise RunError(
-                    f"altlora at {entry['name']}: nobody told the gate between the factors; train "
-                    "with polyrank.Trainer, or call polyrank.attach(optimizer, model)"
-                )
-            _check_gradient(P, entry["name"], side)
+            gate = self._gate(group, entry)
             key = (P.shape, F.shape, P.dtype, P.device, "momentum" in self.state[P])
             buckets.setdefault(key, []).append(Pair(P, F, entry["scale"], entry["name"], gate))
         for bucket in buckets.values():
@@ -276,6 +290,33 @@ def _keep(states: list[dict[str, Any]], name: str, value: Tensor, right: bool) -
         return
     for state, part in zip(states, parts, strict=True):
         state[name] = part.clone(memory_format=torch.contiguous_format)
+
+
+def _check_gradients(group: dict[str, Any]) -> None:
+    """Refuse gradients that are of no use before any factor of the model moves.
+
+    Raises:
+        RunError: naming the first one.
+    """
+    sides = active(group)
+    for side in sides:
+        for entry in group["pairs"]:
+            _check_gradient(group["params"][entry[side]], entry["name"], side)
+    if len(sides) < 2:
+        # The solutions are looked at before the one factor moves.
+        return
+    device = group["params"][0].device
+    finite = [p.grad.isfinite().all().to(device) for p in group["params"]]
+    # Once for all: asking waits for all work of an accelerator.
+    if bool(torch.stack(finite).all()):
+        return
+    for side in sides:
+        for entry in group["pairs"]:
+            if not group["params"][entry[side]].grad.isfinite().all():
+                raise RunError(
+                    f"altlora at {entry['name']}: the gradient of {side} or the other factor is "
+                    "not finite; lower the learning rate, or set clip"
+                )
 
 
 def _check_gradient(P: nn.Parameter, name: str, side: str) -> None:

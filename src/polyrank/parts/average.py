@@ -27,6 +27,8 @@ class Ema(Rule):
     """
 
     order = ORDER["average"]
+    # The mean of two factorings of one product is no factoring of it.
+    expects = frozenset({"factoring"})
 
     def __init__(self, replica: str, decay: float, ramp: bool) -> None:
         self.replica, self.decay, self.ramp = replica, decay, ramp

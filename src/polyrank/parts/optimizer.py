@@ -104,6 +104,15 @@ class GroupedOptimizer(Optimizer):
             part.param_groups = [g for g in self.param_groups if g.get("update", DEFAULT) == name]
             part.state = self.state
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep the optimisers that do the work in copies, beside what torch keeps."""
+        return {**super().__getstate__(), "parts": self.parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take back what `__getstate__` gave, and share groups and state again."""
+        super().__setstate__(state)
+        self._link()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` gave.
 

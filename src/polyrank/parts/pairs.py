@@ -219,11 +219,28 @@ def _lora_pairs(
                 yield path, A, B, float(cast("dict[str, float]", module.scaling)[name])
 
 
+class Balanced(Rule):
+    """Says that the optimiser rescales A and B against each other, which it does by itself.
+
+    B A stays; but means of factors, distances of factors to earlier ones and steps that others
+    write into factors would mix two scales.
+    """
+
+    order = 0
+    touches = frozenset({"factoring"})
+
+    @property
+    def name(self) -> str:
+        """Return the option that asks for it."""
+        return "balance_every"
+
+
 class Idle(Rule):
     """Drops the gradient of the factor that stands still, before gradients are measured or clipped.
 
     It also tells the optimiser the gates between factors. Under DDP both gradients are reduced, so
-    that every process does the same.
+    that every process does the same. A loss scaler looks at gradients before any rule, so that an
+    infinity in a factor that stands still skips a step as one in the other does.
     """
 
     order = ORDER["project"]
