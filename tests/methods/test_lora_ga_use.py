@@ -3,12 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 import polyrank as pr
-from polyrank.errors import ConfigError
+from polyrank.errors import CheckpointError, ConfigError
 from polyrank.frame import keyed
 from polyrank.layers import adapter_of, keep, replica, truncate
-from polyrank.testing import assert_close
+from polyrank.testing import MODELS, assert_close
 
 WIDTH = 12
 
@@ -108,3 +109,43 @@ def test_a_start_alone_shows_no_life(method):
     name = "moved" if method == "lora-ga" else "b_norm"
     assert signs[0][name] == 0
     assert signs[1][name] > 0
+
+
+def trained(folder, model, steps, resume=None):
+    tiny = MODELS["bert"]
+    data = [{k: v[i] for k, v in tiny.inputs(n).items()} for n in range(4) for i in range(3)]
+    arguments = TrainingArguments(
+        output_dir=folder, use_cpu=True, report_to=[], max_steps=steps, save_steps=2, seed=3,
+        per_device_train_batch_size=3, learning_rate=1e-2, lr_scheduler_type="constant",
+        disable_tqdm=True,
+    )  # fmt: skip
+    pr.Trainer(model, arguments, train_dataset=data).train(resume_from_checkpoint=resume)
+    return model
+
+
+@pytest.mark.parametrize(
+    "method", [("lora-ga", {"r": 1}), ("lora-sb", {"r": 2, "rows": 3, "eta": 1e-2})], ids=str
+)
+def test_a_trainer_resumes_a_model_that_has_not_started(method, tmp_path):
+    tiny, (name, options) = MODELS["bert"], method
+
+    def fresh():
+        return pr.adapt(tiny.build(), pr.method(name, **options), seed=1)
+
+    whole = fresh()
+    pr.initialise(whole, [tiny.inputs(0)])
+    trained(tmp_path, whole, 4)
+    again = trained(tmp_path, fresh(), 4, resume=str(tmp_path / "checkpoint-2"))
+    expected = dict(whole.named_parameters())
+    found = dict(again.named_parameters())
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+        assert found[key].requires_grad == value.requires_grad
+    assert not any(view.waiting for view in adapter_of(again).layers)
+    again.save_pretrained(tmp_path / "saved")
+    other = pr.adapt(tiny.build(), pr.method(name, **{**options, "alpha": 3.0}), seed=1)
+    with pytest.raises(CheckpointError, match=f"resume: the checkpoint holds {name}.*began with"):
+        trained(tmp_path, other, 4, resume=str(tmp_path / "checkpoint-2"))
+    loaded = pr.load(tiny.build(), tmp_path / "saved")
+    assert torch.equal(loaded(**tiny.inputs(9)).logits, again.eval()(**tiny.inputs(9)).logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from transformers import Trainer as _Trainer
 
 from polyrank.engine.attachment import Attachment, attach, root_of
-from polyrank.errors import ConfigError
+from polyrank.errors import CheckpointError, ConfigError
 from polyrank.frame import Flow, Strategy
-from polyrank.layers import adapter_of, ensure_flow, parameter_groups
+from polyrank.layers import PolyrankConfig, adapter_of, ensure_flow, parameter_groups
 from polyrank.parts.optimizer import build_optimizer
 
 if TYPE_CHECKING:
@@ -182,6 +183,33 @@ class TrainerMixin(_Base):
             return chosen(parameters, max_norm, norm_type=norm_type)
 
         self.accelerator.clip_grad_norm_ = rules_first
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights; an adapter that waits for its start takes the checkpoint's structure.
+
+        Called before there is an optimiser.
+
+        Raises:
+            CheckpointError: if the checkpoint is of another method or of other options.
+        """
+        inner = cast("Any", self._inner())
+        adapter = adapter_of(inner)
+        waits = any(view.waiting for view in adapter.layers)
+        if waits and (Path(resume_from_checkpoint) / "adapter_config.json").is_file():
+            # Shapes, such as those of what is subtracted, stand in the saved configuration.
+            saved = cast("Any", PolyrankConfig.from_pretrained(resume_from_checkpoint))
+            own = inner.peft_config[adapter.name]
+            if (saved.method, saved.options) != (own.method, own.options):
+                raise CheckpointError(
+                    f"resume: the checkpoint holds {saved.method} {saved.options}, and this model "
+                    f"{own.method} {own.options}; make the model with the method that the run "
+                    "began with"
+                )
+            inner.delete_adapter(adapter.name)
+            inner.load_adapter(resume_from_checkpoint, adapter.name, is_trainable=True)
+            inner.set_adapter(adapter.name)
+            return
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
