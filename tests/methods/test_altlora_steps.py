@@ -52,7 +52,8 @@ def test_balancing_goes_with_nothing_that_means_factors(strategy):
     made = pr.method(strategy)
     assert combination_problems(still, [made]) == []
     (found,) = combination_problems(balanced, [made])
-    assert "expects an untouched factoring, but 'balance_every' changes it first" in found
+    assert f" of {strategy} expects an untouched factoring" in found
+    assert "but 'balance_every' of altlora changes it first; drop one of the two" in found
     assert combination_problems(balanced, [pr.method("replay")]) == []
 
 
@@ -112,3 +113,21 @@ def test_a_copy_of_model_and_optimiser_goes_on_by_itself(monkeypatch):
     other.step()
     for name, value in weights(model).items():
         assert torch.equal(weights(twin)[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"damping": -1.0}, "damping: got -1.0, expected a finite number >= 0"),
+        ({"beta1": 1.0}, "beta1: got 1.0, expected 0 <= beta1 < 1"),
+        ({"eps": 0.0}, "eps: got 0.0, expected > 0"),
+        ({"first": "C"}, 'expected "A" or "B"'),
+        ({"switch_every": 0}, "switch_every: got 0, expected >= 1"),
+        ({"released": True}, "expected joint=True"),
+        ({"joint": True, "switch_every": 2}, "leave it at 1"),
+        ({"factor_lr": 0.0}, "factor_lr: got 0.0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, text):
+    with pytest.raises(ConfigError, match=text):
+        pr.method("altlora", **options)

@@ -20,9 +20,12 @@ def _problems(method: Method, strategies: Sequence[Strategy]) -> Iterator[str]:
         yield f"strategies: {name!r} is given {names.count(name)} times; give it once"
     rules: list[Rule] = []
     entries: list[Method | Strategy] = [method, *strategies]
+    owners: dict[int, str] = {}
     for entry in entries:
-        rules += entry.acting()
-    yield from conflicts(rules)
+        found = entry.acting()
+        owners |= {id(rule): entry.name for rule in found}
+        rules += found
+    yield from conflicts(rules, owners)
     yield from _one_of([s.name for s in strategies if s.task_loss() is not None], "the task loss")
     yield from _one_of([s.name for s in strategies if s.replay() is not None], "the stored samples")
     yield from _one_of([e.name for e in entries if _shows(e)], "what is evaluated")

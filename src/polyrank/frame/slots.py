@@ -338,8 +338,18 @@ class PenaltyRule(Rule):
                 param.grad = grad if param.grad is None else param.grad.add_(grad)
 
 
-def conflicts(rules: Iterable[Rule]) -> list[str]:
-    """List pairs of rules that cannot work together, as problems for a ConfigError."""
+def conflicts(rules: Iterable[Rule], owners: Mapping[int, str] | None = None) -> list[str]:
+    """List pairs of rules that cannot work together, as problems for a ConfigError.
+
+    Args:
+        rules: fresh ones.
+        owners: by id of a rule the entry that brings it, to be named with it.
+    """
+
+    def called(rule: Rule) -> str:
+        owner = (owners or {}).get(id(rule), rule.name)
+        return repr(rule.name) if owner == rule.name else f"{rule.name!r} of {owner}"
+
     problems = []
     seen: list[Rule] = []
     for rule in sorted(rules, key=lambda rule: (rule.order, rule.name)):
@@ -354,13 +364,13 @@ def conflicts(rules: Iterable[Rule]) -> list[str]:
             both = wanted & earlier.touches
             if both:
                 problems.append(
-                    f"rules: {rule.name!r} expects an untouched {', '.join(sorted(both))}, but "
-                    f"{earlier.name!r} changes it first; drop one of the two"
+                    f"rules: {called(rule)} expects an untouched {', '.join(sorted(both))}, but "
+                    f"{called(earlier)} changes it first; drop one of the two"
                 )
             if earlier.order == rule.order == ORDER["prox"] and earlier.touches & rule.touches:
                 problems.append(
-                    f"rules: {earlier.name!r} and {rule.name!r} both rewrite the parameters after "
-                    "a step; drop one of the two"
+                    f"rules: {called(earlier)} and {called(rule)} both rewrite the parameters "
+                    "after a step; drop one of the two"
                 )
         seen.append(rule)
     return problems

@@ -68,26 +68,35 @@ def initialise(
         stats = gather(
             model, batches, loss, start, adapter=found.name, draw=(chosen, found.name, key)
         )
+    _write(model, found, stats, rate, (chosen, key))
+    if (hook := hook_of(model)) is not None:
+        # The weights changed, and no optimiser did it.
+        hook.seen.pop(found.name, None)
+
+
+def _write(
+    model: nn.Module, found: ModelAdapter, stats: Stats, rate: float | None, draw: tuple[int, str]
+) -> None:
+    """Write the starting values of all layers, the same on all processes."""
+    wants = found.method.starting().wants
+    device = found.layers[0].A.device
     try:
         with agreed(device), exact(device.type):
             for view in reversed(found.layers):
                 # What a layer was made of goes at once. The first one is watched, and so is written
                 # last: a start that fails half-way does not train.
                 stat = stats.pop(view.site.path)
-                if "weight" in start.wants:
+                if "weight" in wants:
                     stat["weight"] = view.weight()
                 if rate is not None:
                     stat["rate"] = torch.tensor(rate, dtype=torch.float64)
-                view.module.fill(found.name, chosen, key, stat=stat)
+                view.module.fill(found.name, *draw, stat=stat)
                 note(model, view)
     except RunError:
         found.layers[0].waiting = True
         raise
     for view in found.layers:
         _broadcast(view)
-    if (hook := hook_of(model)) is not None:
-        # The weights changed, and no optimiser did it.
-        hook.seen.pop(found.name, None)
 
 
 def _problems(

@@ -11,9 +11,9 @@ Differs from the released code: there both factors move in every step (`joint=Tr
     a momentum that is kept untransported (`released=True`, presets "released", "released-plus");
     a failed inverse becomes the identity there and an error here; pairs are explicit; heads and
     all else train by AdamW. B moves first, as in the paper's better ablation.
-Limits: identity or constant diagonal cores. The step of W does not depend on how B A is factored;
-    λ, AltLoRA+ and clipping by the norm of gradients break that, `clip` does not. Cost: state of
-    one momentum (two with `plus`), one r × r Cholesky a layer and step, no more memory in forward.
+Limits: identity or constant diagonal cores; a loss scaler skips a step for either factor. The step
+    of W does not depend on how B A is factored; λ, AltLoRA+ and clipping by the norm of gradients
+    break that, `clip` does not. Cost: one momentum (two with `plus`), one r × r Cholesky a layer.
 Status: laws, invariance and the released form tested; published figures not verified. On digits
     (recipe, rates not tuned, 3 seeds) accuracy is .32, of AltLoRA+ .29, of AdamW's LoRA .31.
 """
