@@ -108,7 +108,7 @@ class ALLoRA(Method):
     def vital_sign(self, adapter: Adapter) -> dict[str, float]:
         """Return how far a has come down from η on average, as a share, beside the size of B."""
         scales: list[Any] = row_scales(adapter.layers, self.eta2)
-        tapered = torch.stack([1 - a.mean() / self.eta2**0.5 for a in scales]).mean()
+        tapered = torch.stack([1 - a.mean().cpu() / self.eta2**0.5 for a in scales]).mean()
         return {**super().vital_sign(adapter), "tapered": float(tapered)}
 
     @classmethod

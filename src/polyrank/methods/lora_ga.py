@@ -98,7 +98,7 @@ class LoRAGA(Method):
             if layer.shadow is not None:
                 A0, B0, _ = layer.shadow
                 now, then = layer.B.detach() @ layer.A.detach(), B0 @ A0
-                moved.append(torch.linalg.norm(now - then) / torch.linalg.norm(then))
+                moved.append((torch.linalg.norm(now - then) / torch.linalg.norm(then)).cpu())
         return {"moved": float(torch.stack(moved).mean()) if moved else 0.0}
 
     @classmethod

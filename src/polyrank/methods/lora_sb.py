@@ -99,7 +99,7 @@ class LoRASB(Method):
 
     def vital_sign(self, adapter: Adapter) -> dict[str, float]:
         """Return the mean norm of what R has gone from its start."""
-        moved = [cast("Square", layer.core).moved() for layer in adapter.layers]
+        moved = [cast("Square", layer.core).moved().cpu() for layer in adapter.layers]
         return {"moved": float(torch.stack(moved).mean()) if moved else 0.0}
 
     @classmethod

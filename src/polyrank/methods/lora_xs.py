@@ -63,7 +63,7 @@ class LoRAXS(Method):
     def vital_sign(self, adapter: Adapter) -> dict[str, float]:
         """Return the mean norm of R."""
         cores = [layer.core.get_parameter("weight").detach() for layer in adapter.layers]
-        norms = [torch.linalg.norm(R) for R in cores]
+        norms = [torch.linalg.norm(R).cpu() for R in cores]
         return {"r_norm": float(torch.stack(norms).mean()) if norms else 0.0}
 
     @classmethod
