@@ -89,7 +89,16 @@ def test_the_recipe_is_valid_and_has_a_name(capsys):
 
 def test_the_sweep_of_starts_compares_eight_on_one_joint_task(capsys):
     lines = called(capsys, "sweep", "sweep-starts", "--dry").out.splitlines()
-    named = "lora rslora lora-plus lora-ga lora-sb altlora altlora-plus allora".split()
+    named = [
+        "lora",
+        "rslora",
+        "lora-plus",
+        "lora-ga",
+        "lora-sb",
+        "altlora",
+        "altlora-plus",
+        "allora",
+    ]
     assert [line.partition(":")[0] for line in lines[:8]] == named
     assert lines[8].startswith("144 runs left")
 
