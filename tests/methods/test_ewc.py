@@ -76,7 +76,8 @@ def test_the_true_one_draws_its_labels_from_the_model_and_by_row(bench):
     work.end()
     found = work.memory("ewc")["weights"]["first.B.0"]
     assert_close(found, expected, tol=0.15, reason="400 draws of two classes")
-    assert not torch.allclose(found, by_hand(work, one, p.argmax()[None])["first.B.0"], rtol=0.01)
+    other = by_hand(work, one, p.argmax()[None])["first.B.0"]
+    assert ((found - other).abs() > 0.01 * other.abs()).any()
 
 
 @pytest.mark.parametrize("estimator", ["empirical", "predicted", "true"])
@@ -117,7 +118,7 @@ def test_rehearsal_free_5_the_batch_trick_is_something_else(bench):
         assert_close(results[size], expected / (12 // size), dtype=torch.float32)
     exact = fisher(bench, estimator="empirical")[1]["first.B.0"]
     assert_close(results[1], exact, dtype=torch.float32)
-    assert not torch.allclose(results[4], exact, rtol=0.05)
+    assert ((results[4] - exact).abs() > 0.05 * exact.abs()).any()
 
 
 def test_a_killed_estimation_goes_on_where_it_stood(bench):
