@@ -148,20 +148,6 @@ def test_what_does_not_fit_is_refused_before_a_folder(vit, tmp_path, given, says
     assert not (tmp_path / "a").exists()
 
 
-def test_a_slot_that_is_not_served_is_refused(vit, tmp_path, monkeypatch):
-    class Wanting(Method):
-        name = "wanting"
-
-        def init(self):
-            init = super().init()
-            init.wants = frozenset({"weight_grad"})
-            return init
-
-    monkeypatch.setitem(registry._found, "wanting", Wanting)
-    with pytest.raises(ConfigError, match="weight_grad"):
-        engine.run(copy.deepcopy(vit), method=Wanting(r=2), out=tmp_path / "a")
-
-
 def test_losses_in_a_loop_of_ones_own_are_refused(vit, monkeypatch):
     class Losing(Method):
         name = "losing"

@@ -72,6 +72,8 @@ class Watched(pr.Strategy):
         return Note()
 
 
+# With so few rows, some layers' new ranks never come among the k: what this counts is bytes.
+@pytest.mark.filterwarnings("ignore:append. at .* the live ranks have no values:UserWarning")
 def test_over_fifteen_tasks_memory_grows_by_the_bank_alone(tmp_path):
     Watched.notes.clear()
     engine.run(

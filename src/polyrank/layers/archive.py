@@ -128,7 +128,8 @@ def _holds(views: Sequence[View]) -> bool:
 def settled(view: View) -> tuple[Tensor, Tensor]:
     """Return the live factors (A, B) of a layer with the core folded in: B A, without the core."""
     A, B, core = view.A.detach(), view.B.detach(), view.core
-    if type(core).settle is not Core.settle:
+    # What weighs tokens differently has no matrix to fold in; a bank of it is its own affair.
+    if type(core).settle is not Core.settle or core.merges != "exact":
         with torch.no_grad():
             return core.settle(A, B)
     if isinstance(core, Identity):
