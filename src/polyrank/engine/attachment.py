@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyrank.errors import CheckpointError, ConfigError, InertError
-from polyrank.frame import Rule, Step, Strategy, conflicts, seed_of
+from polyrank.frame import Group, Rule, Step, Strategy, conflicts, seed_of
 from polyrank.layers import ModelAdapter, adapter_of, ensure_flow, hook_of
 
 
@@ -45,7 +45,9 @@ class Attachment:
         seed: int,
         workshop: Any,
         evaluated: bool = False,
+        groups: list[Group] | None = None,
     ) -> None:
+        self.groups = groups
         self.adapter, self.optimizer = adapter, optimizer
         self.total, self.accumulation, self.scaler = total, accumulation, scaler
         self.task, self.phase, self.seed = task, phase, seed
@@ -84,7 +86,9 @@ class Attachment:
                 "build it from polyrank.parameter_groups(model, lr=...)"
             )
             return
-        found = self.adapter.method.grouping(self.adapter, None)
+        found = self.groups
+        if found is None:
+            found = self.adapter.method.grouping(self.adapter, None)
         served = {"adamw", *getattr(self.optimizer, "updates", ())}
         if strange := sorted({group.update for group in found} - served):
             yield (
@@ -297,6 +301,7 @@ def attach(
     seed: int = 0,
     workshop: Any = None,
     evaluated: bool = False,
+    groups: list[Group] | None = None,
 ) -> Attachment:
     """Let a method do its part in one's own training loop.
 
@@ -313,14 +318,14 @@ def attach(
         seed: key of random draws.
         workshop: services of the engine, if it runs the loop.
         evaluated: whether the loop evaluates the losses of method and strategies itself.
+        groups: what the optimiser was built from, if not from the method's own.
 
     Returns:
-        The attachment; call its `before_clip()` before clipping, and `detach()` when done.
+        What to call `before_clip()` of before clipping, and `detach()` when done.
 
     Raises:
         ConfigError: if the optimiser does not hold what trains, at the rates that the method needs.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
     found = adapter_of(model, adapter)
     if found.name in ensure_flow(root_of(model)).attached:
         raise ConfigError(
@@ -328,7 +333,7 @@ def attach(
             "call detach() on the old attachment first"
         )
     return Attachment(
-        inner,
+        getattr(optimizer, "optimizer", optimizer),
         root_of(model),
         found,
         strategies=strategies,
@@ -340,6 +345,7 @@ def attach(
         seed=seed,
         workshop=workshop,
         evaluated=evaluated,
+        groups=groups,
     )
 
 

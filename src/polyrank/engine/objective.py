@@ -28,7 +28,7 @@ class Objective:
         reader: runs the model.
         method: its losses.
         strategies: theirs, and perhaps another task loss.
-        chosen: names of the losses of this phase; None is all of them.
+        chosen: names of the losses of this phase, or losses of its own; None is all of them.
     """
 
     def __init__(
@@ -36,23 +36,25 @@ class Objective:
         reader: Reader,
         method: Method,
         strategies: Sequence[Strategy],
-        chosen: tuple[str, ...] | None = None,
+        chosen: tuple[str | Loss, ...] | None = None,
     ) -> None:
         self.reader = reader
-        tasks = [loss for s in strategies if (loss := s.task_loss()) is not None]
+        entries = (method, *strategies)
+        tasks = [loss for e in entries if (loss := e.task_loss()) is not None]
         replays = [asked for s in strategies if (asked := s.replay()) is not None]
         self.replay = replays[0] if replays else None
         own = tasks[0] if tasks else reader.loss()
         if self.replay is not None and not self.replay.shared:
             own.role = own.role or "train"
-        self.losses = [own, *(loss for e in (method, *strategies) for loss in e.losses())]
+        self.losses = [own, *(loss for e in entries for loss in e.losses())]
         if chosen is not None:
             names = {name_of(loss): loss for loss in self.losses}
-            if unknown := [name for name in chosen if name not in names]:
+            called = [entry for entry in chosen if isinstance(entry, str)]
+            if unknown := [name for name in called if name not in names]:
                 raise ConfigError(
                     f"phase: asks for the losses {unknown}, but there are {sorted(names)}"
                 )
-            self.losses = [names[name] for name in chosen]
+            self.losses = [names[e] if isinstance(e, str) else e for e in chosen]
         self.wants = frozenset(
             need for loss in self.losses for need in loss.needs if not need.startswith(TEACHER)
         ) & {"logits", "hidden", "embedding"} | {"logits"}
@@ -61,7 +63,7 @@ class Objective:
         """Return what the losses ask for and this reader's model does not leave."""
         found = []
         for loss in self.losses:
-            wanted = {need.removeprefix(TEACHER) for need in loss.needs} - {"stored"}
+            wanted = {need.removeprefix(TEACHER) for need in loss.needs} - {"stored", "sides"}
             if lacking := sorted(wanted - self.reader.offers):
                 found.append(
                     f"loss {name_of(loss)!r}: needs {', '.join(lacking)}, which models for "
@@ -78,6 +80,7 @@ class Objective:
 
     def bind(self, adapter: Any, workshop: Any) -> None:
         """Let losses meet the adapter and the engine."""
+        self.adapter = adapter
         for loss in self.losses:
             loss.bind(adapter, workshop)
 
@@ -113,6 +116,8 @@ class Objective:
         teachers = self._teachers(inner, flow, batch)
         out = self.reader.forward(model, batch, self.wants)
         out.stored = batch.get("stored")
+        if any("sides" in loss.needs for loss in self.losses):
+            out.sides = self.adapter.sides()
         assert out.logits is not None
         total = out.logits.new_zeros((), dtype=torch.float32)
         if out.logits.dtype == torch.float64:

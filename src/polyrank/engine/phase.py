@@ -125,12 +125,12 @@ def updates(rows: int, settings: Settings, phase: Phase | None = None, *, repeat
     Args:
         rows: of an epoch, on all processes together.
         settings: the run's.
-        phase: its own number of steps wins.
+        phase: its own number of steps wins, then its own number of epochs.
         repeated: whether `rows` holds all epochs already.
     """
     per_epoch = -(-rows // (settings.batch_size * settings.accumulation * _processes()))
-    own = 0 if phase is None else phase.steps
-    return own or per_epoch * (1 if repeated else settings.epochs)
+    own, epochs = (0, 0) if phase is None else (phase.steps, phase.epochs)
+    return own or per_epoch * (1 if repeated else epochs or settings.epochs)
 
 
 def first_rate(settings: Settings, steps: int, phase: Phase | None = None) -> float:
@@ -155,8 +155,9 @@ def _problems(run: Training, phase: Phase, adapter: ModelAdapter) -> list[str]:
     roles = set(adapter.roles())
     if phase.train is not None and (unknown := phase.train - roles):
         found.append(f"trains {sorted(unknown)}, but the adapter has {sorted(roles)}")
-    if phase.groups is not None:
-        found.append("sets its own groups, which the engine does not serve; use Method.groups")
+    found += _group_problems(phase, adapter)
+    if phase.epochs and run.ends is not None:
+        found.append("epochs: the stream shows no end of a task, so rows come once in their order")
     if phase.keep not in ("last", "best"):
         found.append(f"keep: got {phase.keep!r}, expected 'last' or 'best'")
     if phase.keep == "best" and not phase.check_every:
@@ -165,6 +166,27 @@ def _problems(run: Training, phase: Phase, adapter: ModelAdapter) -> list[str]:
         found.append("check_every: the task has no validation rows to check on; add some")
     if phase.span is not None and not 0 <= phase.span[0] < phase.span[1]:
         found.append(f"span: got {phase.span}, expected (first, total) with 0 <= first < total")
+    return found
+
+
+def _group_problems(phase: Phase, adapter: ModelAdapter) -> list[str]:
+    """Say where the phase's own groups and what it trains differ."""
+    if phase.groups is None:
+        return []
+    held = [id(p) for group in phase.groups for p in group.params]
+    roles = adapter.roles()
+    wanted = {
+        id(p): role
+        for role in (roles if phase.train is None else phase.train & roles.keys())
+        for p in roles[role]
+    }
+    found = []
+    if len(held) != len(set(held)):
+        found.append("groups: a tensor stands in two of them; put each into one")
+    if missing := sorted({role for i, role in wanted.items() if i not in held}):
+        found.append(f"groups: tensors of {missing} train and stand in none; add them")
+    if strange := len(set(held) - wanted.keys()):
+        found.append(f"groups: hold {strange} tensors that do not train; name their roles in train")
     return found
 
 

@@ -22,7 +22,7 @@ from polyrank.engine.state import (
 )
 from polyrank.engine.trainer import Trainer
 from polyrank.errors import RunError
-from polyrank.frame import ROLES, Out, Phase
+from polyrank.frame import ROLES, Group, Out, Phase
 
 if TYPE_CHECKING:
     from polyrank.engine.phase import Training
@@ -50,6 +50,10 @@ class PhaseTrainer(Trainer):
         self.task_index, self.phase_name = run.shown, phase.name
         self.offers: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         self.best: dict[str, Any] = {} if resume is None else dict(resume["best"])
+
+    def own_groups(self) -> list[Group] | None:
+        """Return the phase's groups, if it has any."""
+        return self.phase.groups
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.order

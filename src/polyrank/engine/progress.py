@@ -65,6 +65,7 @@ class Bar:
 def _place(fields: dict[str, Any]) -> str:
     """Return the task, and which of its phases this is where it has several."""
     task, count = fields["task"], fields.get("of", 1)
-    if count > 1:
-        return f"{task}, stage {fields.get('number', 1)} of {count}"
+    if count != 1:
+        of = f" of {count}" if count else ""
+        return f"{task}, stage {fields.get('number', 1)}{of}"
     return str(task)

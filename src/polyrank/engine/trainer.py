@@ -13,7 +13,7 @@ from transformers import Trainer as _Trainer
 
 from polyrank.engine.attachment import Attachment, attach, root_of
 from polyrank.errors import CheckpointError, ConfigError
-from polyrank.frame import Flow, Strategy
+from polyrank.frame import Flow, Group, Strategy
 from polyrank.layers import PolyrankConfig, adapter_of, ensure_flow, parameter_groups
 from polyrank.parts.optimizer import build_optimizer
 
@@ -86,13 +86,18 @@ class TrainerMixin(_Base):
             )
             plain = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
             if plain and not OWN_GROUPS & options.keys():
-                groups = parameter_groups(inner, self.args.learning_rate, self.args.weight_decay)
+                rate, decay = self.args.learning_rate, self.args.weight_decay
+                groups = parameter_groups(inner, rate, decay, groups=self.own_groups())
                 otherwise = adapter_of(inner).method.otherwise
                 self.optimizer = build_optimizer(groups, kind, options, otherwise)
         # Keeps what is there; what it builds itself is looked through by attach.
         inherited()
         self._attach()
         return cast("torch.optim.Optimizer", self.optimizer)
+
+    def own_groups(self) -> list[Group] | None:
+        """Return the optimiser's groups if not those of the method, as in a phase with its own."""
+        return None
 
     def _attach(self) -> None:
         if self.attachment is not None:
@@ -108,6 +113,7 @@ class TrainerMixin(_Base):
             seed=self.args.seed,
             workshop=self.workshop,
             evaluated=self.objective is not None,
+            groups=self.own_groups(),
         )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -88,9 +88,9 @@ class TaskWorkshop(Workshop):
         return self.memories.setdefault(name, {})
 
     def data(
-        self, role: str, split: str = "train", *, seed: int | None = None
+        self, role: str, split: str = "train", *, seed: int | None = None, size: int | None = None
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield batches of a role; with a seed, shuffled by it.
+        """Yield batches of a role, of `size` rows if given; with a seed, shuffled by it.
 
         Raises:
             ConfigError: if the task has no such data.
@@ -98,7 +98,8 @@ class TaskWorkshop(Workshop):
         key = split if role == "train" else role
         if key not in self.parts:
             raise ConfigError(f"data: the task has {', '.join(sorted(self.parts))}, and no {key!r}")
-        return batches(TaskRows(self.parts[key]), self.size, self.reader.collate, seed=seed)
+        rows = TaskRows(self.parts[key])
+        return batches(rows, size or self.size, self.reader.collate, seed=seed)
 
     @torch.no_grad()
     def observe(

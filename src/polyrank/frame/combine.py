@@ -26,10 +26,11 @@ def _problems(method: Method, strategies: Sequence[Strategy]) -> Iterator[str]:
         owners |= {id(rule): entry.name for rule in found}
         rules += found
     yield from conflicts(rules, owners)
-    yield from _one_of([s.name for s in strategies if s.task_loss() is not None], "the task loss")
+    yield from _one_of([e.name for e in entries if e.task_loss() is not None], "the task loss")
     yield from _one_of([s.name for s in strategies if s.replay() is not None], "the stored samples")
     yield from _one_of([e.name for e in entries if _shows(e)], "what is evaluated")
     yield from _meaning(method, strategies)
+    yield from (f"{method.name}: {reason}" for reason in method.unfit(strategies))
     for strategy in strategies:
         others = [other for other in strategies if other is not strategy]
         yield from (f"{strategy.name}: {reason}" for reason in strategy.unfit(method, others))

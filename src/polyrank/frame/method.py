@@ -128,6 +128,10 @@ class _Slots:
         """Return the parameter-only terms."""
         return []
 
+    def task_loss(self) -> Loss | None:
+        """Return what stands in place of the cross-entropy over all seen classes, or None."""
+        return None
+
     def steered(self) -> bool:
         """Say whether training needs more than an optimiser over the trainable weights."""
         return bool(self.acting() or self.losses())
@@ -256,6 +260,10 @@ class Method(_Slots):
         lender = lent(self, "optim")
         return [*super().acting(), *(() if lender is None else lender.rules())]
 
+    def unfit(self, strategies: Sequence[Strategy]) -> Iterator[str]:
+        """Yield why strategies cannot be combined with this."""
+        yield from ()
+
     def lends(self, what: str, to: Method) -> Iterator[str]:
         """Yield why another method cannot take this one's start ("init") or optimiser ("optim")."""
         word = {"init": "start", "optim": "optimiser"}[what]
@@ -349,10 +357,6 @@ class Strategy(_Slots):
 
     def replay(self) -> Replay | None:
         """Return which samples to keep, or None."""
-        return None
-
-    def task_loss(self) -> Loss | None:
-        """Return what stands in place of the cross-entropy over all seen classes, or None."""
         return None
 
     def unfit(self, method: Method, others: Sequence[Strategy]) -> Iterator[str]:

@@ -11,23 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from polyrank.frame.saved import Saved
-from polyrank.frame.slots import Adapter, Group, Layer
+from polyrank.frame.slots import Adapter, Group, Layer, Loss
 
 
 @dataclass(kw_only=True)
 class Phase:
     """One Trainer run inside a task: `steps` updates of the roles in `train`.
 
-    0 steps stand for the run's own schedule. `span` = (first, total) places the phase in a
+    0 steps stand for the run's own schedule, or, with `epochs`, for so many passes over the task's
+    rows. `losses` are the terms that count, by name or of the phase's own, None for all that method
+    and strategies have; `groups` hold exactly what trains, None leaves them to the method.
+    `span` = (first, total) places the phase in a
     learning-rate schedule shared by several phases; `carry` maps the old optimiser state to the new
     one; `keep` is "last" or "best" (the best snapshot is put back at the end).
-    `place` = (number, of) says which of several phases of the task it is, from 1, for progress.
+    `place` = (number, of) says which of several phases of the task it is, from 1, for progress; of
+    is 0 where nobody knows yet. A phase that is trained again in a task has another name, by which
+    its draws are keyed.
     """
 
     name: str = "train"
     steps: int = 0
+    epochs: int = 0
     train: frozenset[str] | None = None
-    losses: tuple[str, ...] | None = None
+    losses: tuple[str | Loss, ...] | None = None
     groups: list[Group] | None = None
     span: tuple[int, int] | None = None
     carry: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -179,9 +185,12 @@ class Workshop(Protocol):
         """
 
     def data(
-        self, role: str, split: str = "train", *, seed: int | None = None
+        self, role: str, split: str = "train", *, seed: int | None = None, size: int | None = None
     ) -> Iterable[dict[str, Any]]:
-        """Return batches of the current task; with a seed, shuffled by it."""
+        """Return batches of the current task; with a seed, shuffled by it.
+
+        `size` rows a batch, None for as many as an update reads of one process.
+        """
 
     def observe(
         self,

@@ -54,6 +54,14 @@ class ModelAdapter(Adapter):
                     found.setdefault(key, []).append(param)
         return list(found.values())
 
+    def sides(self) -> dict[str, dict[str, Tensor]]:
+        """Return what the blocks left of the last forward, by site path, and let go of it."""
+        found = {}
+        for host, block in zip(self._blocks, self.blocks, strict=True):
+            if block.left:
+                found[host.site.path], block.left = block.left, {}
+        return found
+
     def named(self) -> dict[str, nn.Parameter]:
         """Return the parameters that may train, by names that stay while shapes stay."""
         found: dict[str, nn.Parameter] = {}

@@ -15,7 +15,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from polyrank.errors import CheckpointError, ConfigError, MergeError, nearest
-from polyrank.frame import Method
+from polyrank.frame import Group, Method
 from polyrank.frame import method as make
 from polyrank.layers.adapter import adapter_of
 from polyrank.layers.config import PolyrankConfig
@@ -149,11 +149,17 @@ def _flow(model: nn.Module) -> Any:
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float = 0.0, *, adapter: str | None = None
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    *,
+    adapter: str | None = None,
+    groups: Iterable[Group] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the groups that a torch optimiser needs for a method: rates, decay, gates undecayed.
 
     What else trains (`modules_to_save`, layers one unfroze) comes after them, vectors undecayed.
+    Groups that are given, such as those of a phase, take the place of the method's.
 
     >>> optimizer = torch.optim.AdamW(polyrank.parameter_groups(model, lr=1e-4))  # doctest: +SKIP
     """
@@ -169,10 +175,10 @@ def parameter_groups(
             f"adapter {found.name!r}: nothing in it trains; load it with is_trainable=True, or "
             "call set_adapter with its name"
         )
-    groups = []
-    for group in found.method.grouping(found, None):
+    made = []
+    for group in found.method.grouping(found, None) if groups is None else groups:
         decay = weight_decay if group.weight_decay is None else group.weight_decay
-        groups.append(
+        made.append(
             {
                 "params": group.params,
                 "lr": lr * group.lr,
@@ -181,7 +187,7 @@ def parameter_groups(
                 **group.options,
             }
         )
-    held = {id(p) for group in groups for p in group["params"]}
+    held = {id(p) for group in made for p in group["params"]}
     others = [
         p
         for name, p in model.named_parameters()
@@ -189,8 +195,8 @@ def parameter_groups(
     ]
     for matrix, decay in ((True, weight_decay), (False, 0.0)):
         if params := [p for p in others if (p.dim() >= 2) is matrix]:
-            groups.append({"params": params, "lr": lr, "weight_decay": decay})
-    return groups
+            made.append({"params": params, "lr": lr, "weight_decay": decay})
+    return made
 
 
 def merge(
