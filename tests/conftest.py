@@ -34,6 +34,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="rewrite tests/public_api.txt from the code instead of comparing with it",
     )
+    parser.addoption(
+        "--every-case",
+        action="store_true",
+        help="hold every sample of a method to the contract in every model, not in two",
+    )
 
 
 def pytest_collection_modifyitems(items):
