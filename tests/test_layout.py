@@ -14,6 +14,7 @@ TESTS = ROOT / "tests"
 LEVEL = {
     "errors": 0,
     "_version": 0,
+    "pairs": 0.5,
     "ops": 1,
     "frame": 2,
     "layers": 3,

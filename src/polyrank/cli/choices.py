@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polyrank.cli.lists import several
-from polyrank.cli.values import pairs
 from polyrank.errors import ConfigError
+from polyrank.pairs import pairs, worded
 
 if TYPE_CHECKING:
     from polyrank.engine.recipe import Wanted
@@ -55,9 +55,10 @@ def asked(
         method=method or brought,
         stream=stream,
         model=model,
-        options=_collect(problems, lambda: pairs(options, "--set")) or None,
+        options=_collect(problems, lambda: pairs(options, "--set", "--set r=16 k=4")) or None,
         strategies=tuple(each for each in named if each) or None,
-        train=_collect(problems, lambda: pairs(train, "--train")) or None,
+        train=_collect(problems, lambda: pairs(train, "--train", "--train lr=1e-3 epochs=2"))
+        or None,
         target=targets(target),
         references=None if references is None else tuple(w for w in references if w != "none"),
         seeds=_collect(problems, lambda: unique(seeds)) if seeds else None,
@@ -131,10 +132,7 @@ def strategy(word: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ConfigError: if an option is no pair.
     """
-    from polyrank.frame.words import split
-
-    name, _, options = word.partition(":")
-    return name, pairs(split(options), "--with") if options else {}
+    return worded(word, "--with")
 
 
 def borrowed(init: str | None, optim: str | None) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyrank.cli.values import value
+from polyrank.pairs import value
 
 
 def holds_list(declared: object) -> bool:

@@ -1,10 +1,8 @@
-"""NAME=VALUE pairs of the command line, and flags that take several of them."""
+"""Flags of the command line that take several values."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from polyrank.errors import ConfigError
 
@@ -13,41 +11,6 @@ MANY = ("--set", "--train", "--with", "--references", "--seed", "--target")
 
 # The words of the command that is being run, for its record.
 TYPED: list[str] = []
-
-
-def value(text: str) -> Any:
-    """Read a number, true, false, null, a JSON list or object; anything else is a string."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        return {"True": True, "False": False, "None": None}.get(text, text)
-
-
-def pairs(words: Iterable[str], flag: str) -> dict[str, Any]:
-    """Turn ["r=16", "k=4"] into {"r": 16, "k": 4}.
-
-    Raises:
-        ConfigError: naming every word that is no pair, and every name given twice.
-    """
-    found: dict[str, Any] = {}
-    problems = []
-    for word in words:
-        name, sign, text = word.partition("=")
-        if not sign or not name.isidentifier():
-            problems.append(
-                f"{flag}: got {word!r}, expected NAME=VALUE, for example {flag} r=16 k=4"
-            )
-        elif name in found:
-            problems.append(f"{flag}: {name!r} is given twice; leave one out")
-        else:
-            found[name] = value(text)
-    if problems:
-        raise ConfigError(problems)
-    return found
 
 
 def spread(arguments: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyrank.errors import ConfigError
 from polyrank.frame.slots import conflicts
-from polyrank.frame.words import worded
+from polyrank.pairs import worded
 
 if TYPE_CHECKING:
     from polyrank.frame.method import Method

@@ -1,11 +1,38 @@
-"""Methods as words: where a comma parts options, and where it belongs to a value."""
+"""NAME=VALUE pairs: what a value is read as, and where a comma parts two of them."""
 
 import pytest
 
 import polyrank as pr
 from polyrank.cli.choices import strategy
 from polyrank.errors import ConfigError
-from polyrank.frame.words import split, worded
+from polyrank.pairs import pairs, split, value, worded
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("16", 16),
+        ("1e-3", 1e-3),
+        (".5", 0.5),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("alpha/r", "alpha/r"),
+        ("[2, 4]", [2, 4]),
+    ],
+)
+def test_a_value_is_read_as_what_it_looks_like(text, expected):
+    found = value(text)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_pairs_report_every_fault_at_once():
+    with pytest.raises(ConfigError) as caught:
+        pairs(["r=4", "r=5", "k", "a b=1"], "--set", "--set r=16")
+    assert len(caught.value.problems) == 3
+    assert "given twice" in caught.value.problems[0]
+    assert "NAME=VALUE" in caught.value.problems[1]
 
 
 @pytest.mark.parametrize(
@@ -27,7 +54,7 @@ def test_commas_inside_of_values_part_nothing(text, expected):
 
 def test_what_is_no_pair_is_told_whole():
     assert split("") == [""]
-    with pytest.raises(ConfigError, match=r"got '\[1,2\]', expected OPTION=VALUE"):
+    with pytest.raises(ConfigError, match=r"got '\[1,2\]', expected NAME=VALUE"):
         worded("name:a=1,[1,2]")
 
 
