@@ -65,6 +65,8 @@ def test_scores_and_spendings_are_those_of_the_method(tmp_path):
     assert found["updates"] == 40
     assert (found["seconds"], found["parameters"], found["extra_samples"]) == (2.5, 128, 4.0)
     assert found["loss"] == [2.0, 1.0, 2.0, 1.0]
+    # Updates are counted through both phases.
+    assert found["loss_at"] == [10, 20, 30, 40]
     assert found["versions"]["python"]
 
 
@@ -81,6 +83,7 @@ def test_a_resumed_phase_counts_once(tmp_path):
     found = facts(folder, *SHOWN)
     assert found["updates"] == 30
     assert found["loss"] == [10.0, 20.0, 30.0]
+    assert found["loss_at"] == [10, 20, 30]
 
 
 def test_order_and_base_tell_what_methods_share(tmp_path):
@@ -173,3 +176,5 @@ def test_a_long_loss_is_thinned(tmp_path):
     found = facts(made(tmp_path / "run", losses=tuple(2 - i / 1000 for i in range(501))), *SHOWN)
     assert 100 <= len(found["loss"]) <= 200
     assert found["loss"][0] == 2.0
+    assert found["loss_at"][:2] == [10, 10 + 10 * round(501 / len(found["loss"]))]
+    assert len(found["loss_at"]) == len(found["loss"])

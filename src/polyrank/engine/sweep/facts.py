@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,16 @@ def facts(folder: RunFolder, score: str, view: str, worst: float) -> dict[str, A
         RunError: if the run has no such score on validation or test.
     """
     system = next(s for s in folder.results()["systems"] if s["role"] == "method")
-    curves, updates = _curves(folder.events(), system["label"])
+    curves, totals = _curves(folder.events(), system["label"])
     why = next((reason for curve in curves.values() if (reason := diverged(curve))), None)
     return {
         **_outcome(why, system, score, view, worst),
         "seconds": system["seconds"],
         "parameters": system["trainable"],
         "extra_samples": system.get("extra_samples"),
-        "updates": updates,
+        "updates": sum(totals.values()),
         **_shared(folder),
-        "loss": _thinned([loss for curve in curves.values() for loss in curve.values()]),
+        **_losses(curves, totals),
     }
 
 
@@ -54,14 +54,14 @@ def fallen(folder: RunFolder, error: RunError, worst: float) -> dict[str, Any] |
         return None
     # Without references the method is the last one to train; before it there may be the base.
     label = [e["system"] for e in folder.events() if e["event"] == "phase"][-1]
-    curves, _ = _curves(folder.events(), label)
+    curves, totals = _curves(folder.events(), label)
     return {
         "state": "diverged",
         "validation": worst,
         "test": worst,
         "why": str(error).partition(";")[0],
         **_shared(folder),
-        "loss": _thinned([loss for curve in curves.values() for loss in curve.values()]),
+        **_losses(curves, totals),
     }
 
 
@@ -124,8 +124,10 @@ def _base(folder: Path, about: Mapping[str, Any]) -> str:
     return sha256_json([sha256_file(path) for path in files])[:16]
 
 
-def _curves(events: Iterable[Mapping[str, Any]], label: str) -> tuple[Curves, int]:
-    """Return the losses and the number of updates that a system was to make."""
+def _curves(
+    events: Iterable[Mapping[str, Any]], label: str
+) -> tuple[Curves, dict[tuple[str, str], int]]:
+    """Return the losses, and by phase the number of updates that a system was to make."""
     curves: Curves = {}
     totals: dict[tuple[str, str], int] = {}
     place = ("", "")
@@ -140,9 +142,18 @@ def _curves(events: Iterable[Mapping[str, Any]], label: str) -> tuple[Curves, in
             loss = math.inf if event["loss"] is None else float(event["loss"])
             curves.setdefault(place, {})[event["step"]] = loss
     ordered = {key: dict(sorted(curve.items())) for key, curve in curves.items()}
-    return ordered, sum(totals.values())
+    return ordered, totals
 
 
-def _thinned(values: Sequence[float]) -> list[float]:
-    step = max(1, math.ceil(len(values) / POINTS))
-    return [float(f"{value:.6g}") for value in values[::step]]
+def _losses(curves: Curves, totals: Mapping[tuple[str, str], int]) -> dict[str, Any]:
+    """Return losses, and after which of all updates each was noted."""
+    found: list[tuple[int, float]] = []
+    before = 0
+    for place, total in totals.items():
+        found += [(before + at, loss) for at, loss in curves.get(place, {}).items()]
+        before += total
+    some = found[:: max(1, math.ceil(len(found) / POINTS))]
+    return {
+        "loss": [float(f"{loss:.6g}") for _, loss in some],
+        "loss_at": [at for at, _ in some],
+    }
