@@ -30,6 +30,7 @@ from polyrank.layers import (
     initialise,
     keep,
     replica,
+    reshaped,
 )
 from polyrank.testing import MODELS, Case, assert_close
 
@@ -251,15 +252,23 @@ def squared():
 
 def block():
     toy = case("sided", first=1)
+    return toy, trained(toy)
+
+
+def regrown():
+    """Blocks that gained parts, each as many as it says."""
+    toy = case("growing", pair=True)
     model = trained(toy)
-    replica(model, "slow")
-    toy.train(model)
+    for index, width in ((1, 4), (0, 2), (1, 1)):
+        with reshaped(model) as blocks:
+            [block for block in blocks if hasattr(block, "widths")][index].grow(width)
+        toy.train(model, steps=1)
     return toy, model
 
 
 def test_a_fresh_process_rebuilds_every_shape_from_the_config(tmp_path, toys):
     wanted = []
-    for make in (bank, compacted, pruned, shadow, grown, squared, head, block):
+    for make in (bank, compacted, pruned, shadow, grown, squared, head, block, regrown):
         toy, model = make()
         folder = tmp_path / "saved" / f"{make.__name__}-{toy.tiny.name}"
         model.save_pretrained(folder)

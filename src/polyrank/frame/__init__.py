@@ -1,5 +1,6 @@
 """The contract of polyrank: what a method may say, and when it is called."""
 
+from polyrank.frame.block import Block, Original
 from polyrank.frame.combine import combination_problems
 from polyrank.frame.core import Core, Portion, inject
 from polyrank.frame.flow import Flow
@@ -13,7 +14,6 @@ from polyrank.frame.slots import (
     ORDER,
     ROLES,
     Adapter,
-    Block,
     Group,
     Head,
     Init,
@@ -49,6 +49,7 @@ __all__ = [
     "Layer",
     "Loss",
     "Method",
+    "Original",
     "Out",
     "Penalty",
     "PenaltyRule",

@@ -29,6 +29,21 @@ class Portion(NamedTuple):
     gain: float | Tensor = 1.0
 
 
+def exactly(
+    fn: Callable[[Tensor], Tensor], module: nn.Module, names: frozenset[str]
+) -> Callable[[Tensor], Tensor]:
+    """Return fn, changed so that it lowers the precision of no parameter of these names."""
+    exact = {id(p) for n, p in module.named_parameters() if n in names}
+    half = (torch.bfloat16, torch.float16)
+
+    def moved(t: Tensor) -> Tensor:
+        found = fn(t)
+        keep = id(t) in exact and t.dtype not in half and found.dtype in half
+        return found.to(t.dtype).copy_(t.detach()) if keep else found
+
+    return moved
+
+
 class Core(nn.Module):
     """Turns h = A x into q, the input of B. It never sees x itself, only the products it asked for.
 
@@ -156,15 +171,7 @@ class Core(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Core:
         # model.bfloat16() must not round what counts in steps of 1e-5: gates and statistics.
-        exact = {id(p) for n, p in self.named_parameters() if n in self.frozen | self.gates}
-        half = (torch.bfloat16, torch.float16)
-
-        def moved(t: Tensor) -> Tensor:
-            found = fn(t)
-            keep = id(t) in exact and t.dtype not in half and found.dtype in half
-            return found.to(t.dtype).copy_(t.detach()) if keep else found
-
-        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(exactly(fn, self, self.frozen | self.gates), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def trained(self) -> list[nn.Parameter]:

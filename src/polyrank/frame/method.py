@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from polyrank.errors import ConfigError, nearest
+from polyrank.frame.block import Block
 from polyrank.frame.core import Core
 from polyrank.frame.lend import lending_problems, lent
 from polyrank.frame.plain import Identity, KaimingZero
 from polyrank.frame.site import Site
 from polyrank.frame.slots import (
     Adapter,
-    Block,
     Group,
     Head,
     Init,
@@ -237,8 +237,11 @@ class Method(_Slots):
         """Return the starting values; A Kaiming uniform and B zero if the method leaves it out."""
         return KaimingZero()
 
-    def sub_block(self, site: Site) -> Block | None:
-        """Return a wrapper for a sub-block of the transformer block at `site`, or None."""
+    def sub_block(self, site: Site) -> Block | Sequence[Block] | None:
+        """Return what acts around modules of the transformer block at `site`, or None.
+
+        Several blocks stand at different add points.
+        """
         return None
 
     def head(self, names: list[str], d: int) -> Head | None:

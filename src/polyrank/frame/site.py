@@ -12,7 +12,7 @@ class Site:
     Args:
         path: module path in the base model, ``"model.layers.0.self_attn.q_proj"``; for a block its
             own path.
-        d_in: input width.
+        d_in: input width; of a block the width of its norms, 0 if it has none.
         d_out: output width.
         r: number of live ranks, after ``rank_pattern`` or the shapes of a saved adapter.
         alpha: numerator of the scaling, after ``alpha_pattern``.
@@ -20,6 +20,8 @@ class Site:
         depths: how many transformer blocks the model has, -1 if none was recognised.
         masks: which mask speaks about the tokens seen here: ``"mask"``, ``"decoder"`` or ``""``
             (none).
+        modules: for a block, the paths of the modules in it, relative to it.
+        adapted: those of them that carry the adapter.
     """
 
     path: str
@@ -30,3 +32,5 @@ class Site:
     depth: int = -1
     depths: int = -1
     masks: str = "mask"
+    modules: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()

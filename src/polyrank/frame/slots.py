@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from polyrank.frame.block import Block
 from polyrank.frame.core import Core
-from polyrank.frame.flow import Flow
 from polyrank.frame.site import Site
 
 if TYPE_CHECKING:
@@ -51,25 +51,6 @@ class Layer(Protocol):
 
     def weight(self) -> Tensor:
         """Return the base weight as dense fp32 (d_out, d_in); raises if the base is quantised."""
-
-
-class Block(nn.Module):
-    """Replaces the output of the module at `add`, having read the input of the module at `tap`.
-
-    Both are module paths relative to the transformer block. Trained parameters have role "side"
-    unless `roles` names another.
-    """
-
-    tap: str
-    add: str
-    frozen: frozenset[str] = frozenset()
-    roles: ClassVar[dict[str, str]] = {}
-
-    def forward(self, base: Callable[..., Tensor], x: Tensor, tapped: Tensor, flow: Flow) -> Tensor:
-        """Return what replaces `base(x)`; `base` runs the original with all its arguments."""
-        raise NotImplementedError(
-            f"{type(self).__name__} must define forward(base, x, tapped, flow)"
-        )
 
 
 class Head(nn.Module):

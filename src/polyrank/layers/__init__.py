@@ -2,6 +2,7 @@
 
 from polyrank.layers.absorption import absorb
 from polyrank.layers.adapter import ModelAdapter, adapter_of
+from polyrank.layers.blocks import reshaped
 from polyrank.layers.compact import Compaction, compact
 from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.gates import GateStatistics, gate_statistics, has_gates
@@ -9,17 +10,16 @@ from polyrank.layers.heads import LinearHead
 from polyrank.layers.hosts import BlockHost, HeadHost
 from polyrank.layers.linear import AdaptedLinear
 from polyrank.layers.plugin import install
+from polyrank.layers.replicas import extend, replica
 from polyrank.layers.root import ensure_flow, hook_of
 from polyrank.layers.saved import saved_of
 from polyrank.layers.starts import initialise
 from polyrank.layers.statistics import gather
 from polyrank.layers.structure import (
     append,
-    extend,
     grow_head,
     keep,
     redraw,
-    replica,
     truncate,
 )
 from polyrank.layers.tuner import PolyrankModel
@@ -59,6 +59,7 @@ __all__ = [
     "parameter_groups",
     "redraw",
     "replica",
+    "reshaped",
     "saved_of",
     "truncate",
     "view",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -40,9 +41,13 @@ class _Host(nn.Module, DeclaredTrainability):
 
     def active(self) -> str | None:
         """Return the active adapter that this host serves, or None."""
+        return next(iter(self.serving()), None)
+
+    def serving(self) -> list[str]:
+        """Return the active adapters that this host serves."""
         if self._disable_adapters:
-            return None
-        return next((name for name in self.active_adapters if name in self.owned), None)
+            return []
+        return [name for name in self.active_adapters if name in self.owned]
 
     def drop(self, adapter_name: str) -> None:
         """Remove what one adapter owns and leave the choice of the active one to the caller."""
@@ -157,16 +162,22 @@ class BlockHost(_Host):
     held = "polyrank_side"
     adapter_layer_names = ("polyrank_side",)
 
-    def __init__(self, site: Site, flow: Flow) -> None:
+    def __init__(self, site: Site, flow: Flow, inside: nn.Module) -> None:
         super().__init__()
         self.site = site
         self.flow = flow
+        # In a tuple, so that the transformer block is not taken for a part of its own part.
+        self._inside = (inside,)
         self.tapped: dict[str, Tensor] = {}
 
     def update_block(self, name: str, block: Block, method: Method) -> None:
         """Give an adapter its block."""
         self.owned[name] = block
         self.methods[name] = method
+
+    def place(self, name: str) -> str:
+        """Return the key of one adapter's block in the config's sites."""
+        return f"{self.site.path}:{cast('Block', self.owned[name]).add}"
 
     def parameters_of(self, name: str) -> dict[str, list[nn.Parameter]]:
         """Return the trained parameters of one adapter's block by role."""
@@ -178,6 +189,16 @@ class BlockHost(_Host):
                 found.setdefault(role, []).append(param)
         return found
 
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT's own asks for the weight of a base layer; a block has none, and keeps its dtype.
+        found = device or next((p.device for p in self._inside[0].parameters()), None)
+        block = self.owned[adapter_name] if adapter_name in self.owned else nn.Identity()
+        if found is None or found.type == "meta" or any(p.is_meta for p in block.parameters()):
+            return
+        block.to(found)
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
@@ -185,26 +206,67 @@ class BlockHost(_Host):
         return nn.Identity()
 
 
-class BlockForward:
-    """The forward of a module that hosts a block; an object, so that copies of the model work."""
+class _Original:
+    """Runs what a block replaces: the module's own forward, or the block of another adapter."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(
+        self, forward: BlockForward, adapter: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.module, self.inside = forward.module, forward.inside
+        self.adapter, self.args, self.kwargs = adapter, args, kwargs
+        self.within: Callable[[Tensor], Any] | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other block lies between."""
+        return self.within is None
+
+    def __call__(self, value: Tensor) -> Any:
+        """Return the original's output."""
+        if self.within is not None:
+            return self.within(value)
+        return type(self.module).forward(self.module, value, *self.args, **self.kwargs)
+
+
+class BlockForward:
+    """The forward of a module that hosts blocks; an object, so that copies of the model work."""
+
+    def __init__(self, module: nn.Module, inside: nn.Module) -> None:
         self.module = module
+        self.inside = inside
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the active block around the module's own forward."""
+        """Run the blocks of the active adapters around the module's own forward, first innermost.
+
+        Raises:
+            ConfigError: if a replica is to be shown, which blocks do not keep.
+        """
         host = cast("BlockHost", self.module.get_submodule(NAME))
         x, args, kwargs = _first(self.module, args, kwargs)
-
-        def base(value: Tensor) -> Any:
-            return type(self.module).forward(self.module, value, *args, **kwargs)
-
-        name = host.active() if host.flow.view != "base" else None
-        block = None if name is None else cast("Block", host.owned[name])
-        tapped = x if block is None else host.tapped.get(block.tap, x)
+        names = host.serving() if host.flow.view != "base" else []
+        taken = dict(host.tapped)
         # Whatever happens, no activation outlives its forward here.
         host.tapped.clear()
-        return base(x) if block is None else block(base, x, tapped, host.flow)
+        outer = _Original(self, "", args, kwargs)
+        if not names:
+            return outer(x)
+        if host.flow.view:
+            raise ConfigError(
+                f"view: got {host.flow.view!r}, but the block at {host.site.path} keeps no "
+                'replicas; use "base"'
+            )
+        flow = host.flow.at(host.flow.tokens(host.site.masks, x.shape[:-1]))
+        for name in names:
+            block = cast("Block", host.owned[name])
+            base, outer = outer, _Original(self, "", args, kwargs)
+            base.adapter = name
+            outer.within = _around(block, base, taken.get(block.tap, x), flow)
+        return outer(x)
+
+
+def _around(block: Block, base: _Original, tapped: Tensor, flow: Flow) -> Callable[[Tensor], Any]:
+    """Return what a block makes of a value."""
+    return lambda value: block(base, value, tapped, flow)
 
 
 def _first(
@@ -235,18 +297,16 @@ def attach_block(
     """Put a block at its add point inside the transformer block `inside`."""
     module = inside.get_submodule(block.add)
     if NAME not in module._modules:
-        module.add_module(NAME, BlockHost(site, flow))
-        module.forward = BlockForward(module)
+        module.add_module(NAME, BlockHost(site, flow, inside))
+        module.forward = BlockForward(module, inside)
     host = cast("BlockHost", module._modules[NAME])
     at = inside.get_submodule(block.tap)
     if block.tap != block.add and not any(
         isinstance(hook, Tap) and hook.host is host for hook in at._forward_pre_hooks.values()
     ):
         at.register_forward_pre_hook(Tap(host, block.tap), with_kwargs=True)
-    host.update_block(name, block, method)
-    reference = next(inside.parameters(), torch.empty(0))
-    if reference.device.type != "meta":
-        host.to(reference.device)
+    host.update_block(name, block.train(module.training), method)
+    host._move_adapter_to_device_of_base_layer(name)
 
 
 def detach_blocks(model: nn.Module) -> None:

@@ -209,38 +209,79 @@ def mask_of(model: nn.Module, path: str) -> str:
 
 
 def make_blocks(
-    model: nn.Module, method: Method, seed: int, name: str
+    model: nn.Module, config: PolyrankConfig, seed: int, name: str
 ) -> list[tuple[nn.Module, Site, Block]]:
-    """Return what a method puts beside its linear layers, all checked before anything changes.
+    """Return what a method puts around modules, with the shapes that the config tells of.
+
+    The layers are adapted already; nothing else has changed.
 
     Raises:
-        ConfigError: for places that a transformer block does not have, or a model without blocks.
+        ConfigError: for places that a transformer block does not have, a block that does not fit
+            there, or a model without blocks.
     """
     made: list[tuple[nn.Module, Site, Block]] = []
     problems: list[str] = []
+    method = config.build()
     for path, depth, depths in blocks_of(model):
-        r, alpha = method.r, method.alpha
-        site = Site(path=path, d_in=0, d_out=0, r=r, alpha=alpha, depth=depth, depths=depths)
+        inside = model.get_submodule(path)
+        site = _block_site(model, method, path, (depth, depths), name)
         # A block draws its own starting values, and must not draw them from the global generator.
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(keyed(seed, name, path, "block").get_state())
-            block = method.sub_block(site)
-        if block is None:
-            continue
-        inside = model.get_submodule(path)
-        paths = {p for p, _ in inside.named_modules() if p and PREFIX not in p}
-        problems += [
-            f"block: {path!r} has no module {at!r} to {what};{nearest(at, paths)} expected one of "
-            f"{', '.join(sorted(paths)[:8])} …; change {what} of {type(block).__name__}"
-            for what, at in (("tap", block.tap), ("add", block.add))
-            if at not in paths
-        ]
-        made.append((inside, site, block))
+            found = method.sub_block(site)
+        blocks = [found] if isinstance(found, Block) else list(found or ())
+        for block in blocks:
+            block.configure(config.sites.get(f"{path}:{block.add}", {}).get("block", {}))
+            lost = list(_places(site, block))
+            problems += lost or [f"block at {path}: {why}" for why in block.unfit(inside, name)]
+        if len({block.add for block in blocks}) < len(blocks):
+            problems.append(
+                f"block: {method.name!r} puts several blocks at one add point of {path!r}; make "
+                "one of them"
+            )
+        made += [(inside, site, block) for block in blocks]
     if not made and type(method).sub_block is not Method.sub_block:
         problems.append(
-            f"block: {method.name!r} found no transformer block in {type(model).__name__}, "
-            "expected a ModuleList named layers, blocks or h; use a model that has one"
+            f"block: {method.name!r} found no transformer block in {type(model).__name__} "
+            "that it acts in, expected a ModuleList named layers, blocks or h; use a model that "
+            "has one"
         )
     if problems:
         raise ConfigError(problems)
     return made
+
+
+def _block_site(
+    model: nn.Module, method: Method, path: str, place: tuple[int, int], name: str
+) -> Site:
+    """Return the site of a transformer block."""
+    inside = model.get_submodule(path)
+    paths = {p: m for p, m in inside.named_modules() if p and PREFIX not in p and HOST not in p}
+    norms = [m for m in paths.values() if "norm" in type(m).__name__.lower()]
+    widths = [w.numel() for w in (getattr(m, "weight", None) for m in norms) if w is not None]
+    d = widths[0] if widths else 0
+    return Site(
+        path=path,
+        d_in=d,
+        d_out=d,
+        r=method.r,
+        alpha=method.alpha,
+        depth=place[0],
+        depths=place[1],
+        masks=mask_of(model, path),
+        modules=tuple(p for p in paths if "base_layer" not in p.split(".")),
+        adapted=tuple(
+            p for p, m in paths.items() if isinstance(m, AdaptedLinear) and name in m.views
+        ),
+    )
+
+
+def _places(site: Site, block: Block) -> Iterator[str]:
+    """Say which places of a block are not there."""
+    for what, at in (("tap", block.tap), ("add", block.add)):
+        if at not in site.modules:
+            yield (
+                f"block: {site.path!r} has no module {at!r} to {what};{nearest(at, site.modules)} "
+                f"expected one of {', '.join(sorted(site.modules)[:8])} …; change {what} of "
+                f"{type(block).__name__}"
+            )

@@ -9,6 +9,7 @@ from torch import nn
 
 from polyrank.frame import Saved
 from polyrank.layers.adapter import adapter_of
+from polyrank.layers.blocks import block_shapes
 from polyrank.layers.structure import config_of
 
 
@@ -25,6 +26,7 @@ def saved_of(model: nn.Module, adapter: str | None = None) -> Saved:
     config["sites"] = {
         **config["sites"],
         **{view.site.path: view.module.shapes(found.name) for view in found.layers},
+        **block_shapes(found),
     }
     config["inference_mode"] = True
     base = model.get_base_model() if isinstance(model, PeftModel) else model

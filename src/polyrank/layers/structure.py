@@ -5,8 +5,6 @@ No optimiser may exist while they run.
 
 from __future__ import annotations
 
-import copy
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -353,47 +351,3 @@ def _picked(core: Core, key: str, param: Tensor, ranks: Tensor) -> Tensor:
                 )
             value = value.index_select(axis, experts)
     return value.clone()
-
-
-def replica(model: nn.Module, name: str, *, adapter: str | None = None) -> None:
-    """Keep a frozen copy of the adapter's factors under a name that `view(model, name)` shows.
-
-    Raises:
-        ConfigError: for a name that could not be saved or shown.
-    """
-    found = adapter_of(model, adapter)
-    taken = {"", "base", *cast("Any", model).peft_config, *dir(nn.ModuleDict)}
-    if not re.fullmatch(r"[A-Za-z0-9_-]*", name) or name in taken:
-        raise ConfigError(
-            f"replica: got name {name!r}, expected letters, digits, '_' and '-', and neither "
-            "'base' nor the name of an adapter; choose another, for example 'slow'"
-        )
-    for view in found.layers:
-        view.module.replicate(found.name, name)
-        note(model, view)
-    for host in (h for h in found.hosts if isinstance(h, HeadHost)):
-        host.replicate(found.name, name)
-        _note_heads(model, host, found.name)
-
-
-def extend(model: nn.Module, name: str, *, adapter: str | None = None) -> None:
-    """Give a replica's head copies of the rows that the live head has gained since.
-
-    Raises:
-        ConfigError: if the adapter keeps no such replica.
-    """
-    found = adapter_of(model, adapter)
-    for host in (h for h in found.hosts if isinstance(h, HeadHost)):
-        old, live = host.copy_of(found.name, name), cast("Head", host.owned[found.name])
-        fresh = copy.deepcopy(live)
-        with torch.no_grad():
-            for kept, param in zip(old.parameters(), fresh.parameters(), strict=True):
-                param[: len(kept)] = kept
-        host.hold(found.name, name, fresh)
-        _note_heads(model, host, found.name)
-
-
-def _note_heads(model: nn.Module, host: HeadHost, name: str) -> None:
-    held = config_of(model, name).head
-    assert held is not None
-    held["replicas"] = {k: list(head.names) for k, head in sorted(host.copies(name).items())}

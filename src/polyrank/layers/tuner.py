@@ -79,7 +79,6 @@ class PolyrankModel(BaseTuner):
         self._depths = depths_of(model)
         before = {id(m) for m in model.modules() if isinstance(m, AdaptedLinear)}
         try:
-            blocks = make_blocks(model, self._method, self._seed, adapter_name)
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -87,6 +86,7 @@ class PolyrankModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
+            blocks = make_blocks(model, config, self._seed, adapter_name)
             made = [block for _, _, block in blocks]
             if problems := [*clashes(model, self.peft_config, made)]:
                 raise ConfigError(problems)
