@@ -25,7 +25,7 @@ NAMES = [
     "smora",
     "sora",
 ]
-SWEEPS = ["sweep-digits", "sweep-starts"]
+SWEEPS = ["sweep-digits", "sweep-starts-text", "sweep-starts"]
 
 BLOCKED = """
 import socket, sys

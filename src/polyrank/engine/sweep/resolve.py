@@ -91,9 +91,12 @@ class Sweep:
 
     def updates(self, group: Group) -> int:
         """Return how many updates a run of a group makes, if its tasks have one phase each."""
-        settings = self.recipes[group.id].settings
-        rows = settings.batch_size * settings.accumulation
-        return sum(settings.epochs * -(-task.size("train") // rows) for task in self.stream)
+        recipe = self.recipes[group.id]
+        rows = recipe.settings.batch_size * recipe.settings.accumulation
+        sizes = [task.size("train") for task in self.stream]
+        if any(strategy.pools for strategy in recipe.strategies):
+            sizes = [sum(sizes)]
+        return sum(recipe.settings.epochs * -(-size // rows) for size in sizes)
 
 
 def resolve(path: Path, *, probe: bool = False) -> Sweep:
