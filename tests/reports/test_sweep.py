@@ -98,6 +98,44 @@ def test_the_table_holds_the_numbers_of_the_selected_rates():
     assert smora[3:] == ["0.900", "0.770 ± 0.026", "+0.050 ± 0.006*", "1×", "3 diverged", "10.0 s"]
 
 
+def paced(lock, found, **halves):
+    """Lines whose losses fall from 8 by a method's own amount every 5 updates, for 30 of them."""
+    for line in found:
+        fall = halves[line["method"]] / (1 + line["seed"] / 10)
+        line["loss_at"] = [5 * n for n in range(1, 7)]
+        line["loss"] = [8 - fall * n for n in range(6)]
+    return sheet_of(lock, found)
+
+
+def test_updates_to_the_loss_that_the_baseline_has_at_half():
+    # Three entries are their middle: 8 less 1, 1 / 1.1, 1 / 1.2 after 15 updates, that is 7.086.
+    heads, lora, smora = cells(paced(*two(), lora=1.0, smora=2.0))
+    assert heads[7] == "updates to loss"
+    # Middles by seed: 7, 6, …; 7.09, 6.18, …; 7.17, 6.33, …
+    assert lora[7] == "18 ± 3"
+    assert smora[7] == "15 ± 0"
+    _, _, slow = cells(paced(*two(), lora=1.0, smora=0.24))
+    assert slow[7] == "1 of 3 runs"
+    rows = list(csv.DictReader(io.StringIO(table_csv(paced(*two(), lora=1.0, smora=0.24)))))
+    assert_close(float(rows[1]["level"]), 8 - (1 + 1 / 1.1 + 1 / 1.2) / 3)
+    assert (rows[1]["updates_to_level"], rows[1]["runs_at_level"]) == ("30.0", "1")
+    text = "\n".join(notes(paced(*two(), lora=1.0, smora=2.0)))
+    assert "what lora has after 50% of its updates (7.09)" in text
+
+
+def test_ties_and_the_rates_that_were_run_are_told():
+    lock, found = two()
+    text = "\n".join(notes(sheet_of(lock, found)))
+    assert "rates of lora, smora: 1.00e-03, 3.16e-03, 1.00e-02" in text
+    # .70 to .74 and .75 to .80 do not meet.
+    assert "tied with" not in text
+    for line in found:
+        line["test"] += 0.02 * (line["method"] == "lora")
+    assert "tied with lora, since their tests' ranges over seeds overlap: smora" in "\n".join(
+        notes(sheet_of(lock, found))
+    )
+
+
 def test_the_csv_holds_them_in_full():
     rows = list(csv.DictReader(io.StringIO(table_csv(sheet_of(*two())))))
     assert [row["method"] for row in rows] == ["lora", "smora"]
@@ -105,6 +143,7 @@ def test_the_csv_holds_them_in_full():
     assert_close(float(rows[1]["rate"]), 1e-3 * 10**0.5)
     assert_close(float(rows[1]["test"]), 0.77)
     assert_close(float(rows[1]["test_sd"]), 0.0007**0.5)
+    assert (rows[1]["test_low"], rows[1]["test_high"], rows[1]["rates"]) == ("0.75", "0.8", "3")
     assert_close(float(rows[1]["difference"]), 0.05)
     assert_close(float(rows[1]["difference_se"]), 0.01 / 3**0.5)
     assert (rows[1]["marked"], rows[1]["diverged"], rows[1]["missing"]) == ("true", "3", "0")

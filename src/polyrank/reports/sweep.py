@@ -16,6 +16,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from polyrank.engine.sweep.pace import level_of, reached
 from polyrank.engine.sweep.records import LOCK, Line, by_group, read
 from polyrank.engine.sweep.runner import unequal
 from polyrank.engine.sweep.schedule import Group, Runs, rates
@@ -24,6 +25,7 @@ from polyrank.errors import RunError
 from polyrank.io.files import read_json, write_bytes
 from polyrank.metrics.statistics import Difference, mean, paired_difference, sample_deviation
 from polyrank.reports import words
+from polyrank.reports.sweep_notes import notes
 
 _NONE = "–"
 COLUMNS = (
@@ -36,10 +38,19 @@ COLUMNS = (
     "validation_sd",
     "test",
     "test_sd",
+    "test_low",
+    "test_high",
     "difference",
     "difference_se",
     "marked",
     "plateau",
+    "lowest_rate",
+    "highest_rate",
+    "rates",
+    "level",
+    "updates_to_level",
+    "updates_to_level_sd",
+    "runs_at_level",
     "at_edge",
     "one_rate",
     "probed",
@@ -60,17 +71,26 @@ class Row:
         choice: what was selected.
         difference: to the baseline on test, None for the baseline itself or without one.
         probe: the group and the choice of the probe before, None without one.
+        level: loss that the baseline has after half of its updates, None without one.
+        reached: for each seed, after how many updates the loss is that low; None if it never is.
     """
 
     group: Group
     choice: Choice
     difference: Difference | None = None
     probe: tuple[Group, Choice] | None = None
+    level: float | None = None
+    reached: tuple[int | None, ...] = ()
 
     @property
     def rate(self) -> float | None:
         """The selected rate."""
         return None if self.choice.best is None else self.group.grid.rate(self.choice.best)
+
+    @property
+    def arrived(self) -> list[float]:
+        """Updates to the level of the runs that come to it."""
+        return [float(count) for count in self.reached if count is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,12 +169,12 @@ def sheet_of(lock: Mapping[str, Any], lines: Sequence[Line]) -> Sheet:
         if group.stage != "full":
             continue
         probe = None if group.probe is None else (by_id[group.probe], chosen[group.probe])
-        difference = None
-        if group.label != lock["baseline"]:
-            same = [g for g in groups if g.stage == "full" and g.axes == group.axes]
-            base = next((g for g in same if g.label == lock["baseline"]), None)
-            difference = None if base is None else _difference(group, base, chosen)
-        rows.append(Row(group=group, choice=chosen[group.id], difference=difference, probe=probe))
+        same = [g for g in groups if g.stage == "full" and g.axes == group.axes]
+        base = next((g for g in same if g.label == lock["baseline"]), None)
+        found: dict[str, Any] = {} if base is None else _pace(chosen[group.id], chosen[base.id])
+        if base not in (None, group):
+            found["difference"] = _difference(group, base, chosen)
+        rows.append(Row(group=group, choice=chosen[group.id], probe=probe, **found))
     unused = sum(line["group"] not in by_id for line in lines)
     return Sheet(lock=lock, rows=tuple(rows), unused=unused)
 
@@ -177,17 +197,26 @@ def _difference(group: Group, base: Group, chosen: Mapping[str, Choice]) -> Diff
     return paired_difference(first, second)
 
 
+def _pace(own: Choice, base: Choice) -> dict[str, Any]:
+    level = level_of(base.curves)
+    if level is None:
+        return {}
+    return {"level": level, "reached": tuple(reached(curve, level) for curve in own.curves)}
+
+
 def cells(sheet: Sheet) -> list[list[str]]:
     """The table as text: the heads, then a list of cells for each row."""
     to = f" to {sheet.baseline}" if sheet.baseline else ""
     heads = ["method", "params", "best rate", "val", "test ± sd", f"Δ{to} ± SE", "plateau"]
-    return [[*heads, "flags", "time"], *map(_cells, sheet.rows)]
+    paced = ["updates to loss"] if any(row.level is not None for row in sheet.rows) else []
+    rows = (_cells(row, paced=bool(paced)) for row in sheet.rows)
+    return [[*heads, *paced, "flags", "time"], *rows]
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, *, paced: bool) -> list[str]:
     choice, rate = row.choice, row.rate
     if rate is None:
-        return [row.group.name, *[_NONE] * 6, _flags(row), _NONE]
+        return [row.group.name, *[_NONE] * (7 if paced else 6), _flags(row), _NONE]
     return [
         row.group.name,
         words.whole(choice.parameters),
@@ -196,9 +225,21 @@ def _cells(row: Row) -> list[str]:
         _with(mean(choice.test), sample_deviation(choice.test)),
         _NONE if row.difference is None else _delta(row.difference),
         _NONE if choice.plateau is None else f"{choice.plateau:.3g}×",
+        *([_arrival(row)] if paced else []),
         _flags(row),
         words.seconds(choice.seconds),
     ]
+
+
+def _arrival(row: Row) -> str:
+    """Mean and deviation of updates; only how many runs arrive, if some do not."""
+    found, runs = row.arrived, len(row.reached)
+    if not runs:
+        return _NONE
+    if len(found) < runs:
+        return f"{len(found)} of {runs} runs"
+    spread = sample_deviation(found)
+    return f"{mean(found):.0f}" + ("" if math.isnan(spread) else f" ± {spread:.0f}")
 
 
 def _with(value: float, spread: float) -> str:
@@ -254,49 +295,6 @@ def terminal_sweep(sheet: Sheet) -> Table:
     return table
 
 
-def notes(sheet: Sheet) -> list[str]:
-    """What the table means and what limits it, a sentence or two each."""
-    seeds = sorted({seed for row in sheet.rows for seed in row.group.seeds})
-    listed = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-    found = [
-        f"stream {sheet.lock['stream']['name']}; rates selected by the mean validation "
-        f"{sheet.score} over {listed}, of tied rates the smaller one; test took no part",
-    ]
-    if len(seeds) > 1:
-        found.append("sd: sample standard deviation over seeds")
-    compared = [row.difference for row in sheet.rows if row.difference is not None]
-    if compared:
-        marked = "; * where |Δ| > 2 SE" if len(seeds) > 1 else "; one seed, so no SE"
-        count = f"{len(compared)} comparison{'s' if len(compared) > 1 else ''}"
-        found.append(f"Δ: difference on test, paired by seed{marked}; {count}, not corrected for")
-    found.append(
-        "plateau: largest over smallest rate whose validation is within one point of the best, or "
-        "within two standard errors; at edge: the best rate is the smallest or largest one tried"
-    )
-    if any(row.choice.diverged for row in sheet.rows):
-        found.append(f"a diverged run counts as {sheet.lock['worst']:g}, the worst value")
-    if any(row.choice.missing or row.choice.best is None for row in sheet.rows):
-        found.append("the sweep is not finished: the same call makes the runs that are missing")
-    fixed = {row.group.label: row.group.fixed for row in sheet.rows if row.group.fixed}
-    found += [f"{label} has one rate, because: {reason}" for label, reason in fixed.items()]
-    found += sorted({_probed(row) for row in sheet.rows if row.probe is not None})
-    if sheet.unused:
-        are = "line of runs.jsonl is" if sheet.unused == 1 else "lines of runs.jsonl are"
-        found.append(
-            f"{sheet.unused} {are} of other settings or another version of the code and not used"
-        )
-    return found
-
-
-def _probed(row: Row) -> str:
-    assert row.probe is not None
-    short, whole = (g.config["train"]["epochs"] for g in (row.probe[0], row.group))
-    return (
-        f"probed: the whole grid with {short} of {whole} epochs, then the best {row.group.points} "
-        "rates in full"
-    )
-
-
 def table_csv(sheet: Sheet) -> str:
     """table.csv: the table in full precision; empty where there is nothing."""
     sink = io.StringIO()
@@ -332,6 +330,14 @@ def _values(row: Row) -> dict[str, Any]:
             "difference_se": found.error,
             "marked": found.marked,
         }
+    tried = [row.group.grid.rate(level.index) for level in choice.levels]
+    if row.level is not None:
+        values |= {
+            "level": row.level,
+            "updates_to_level": mean(row.arrived),
+            "updates_to_level_sd": sample_deviation(row.arrived),
+            "runs_at_level": len(row.arrived),
+        }
     return {
         **values,
         "parameters": choice.parameters,
@@ -340,6 +346,11 @@ def _values(row: Row) -> dict[str, Any]:
         "validation_sd": sample_deviation(choice.validation),
         "test": mean(choice.test),
         "test_sd": sample_deviation(choice.test),
+        "test_low": min(choice.test),
+        "test_high": max(choice.test),
+        "lowest_rate": tried[0],
+        "highest_rate": tried[-1],
+        "rates": len(tried),
         "plateau": choice.plateau,
         "seconds": choice.seconds,
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyrank.engine.sweep.grid import Grid
+from polyrank.engine.sweep.pace import Curve, curve_of
 from polyrank.engine.sweep.records import FINISHED, Line, Place
 from polyrank.metrics.statistics import MARK, POINT, mean, plateau, standard_error
 
@@ -42,6 +43,7 @@ class Choice:
         best: number of the best rate, None while no rate has the runs of all seeds.
         validation: scores at the best rate, one a seed.
         test: the same on test.
+        curves: losses by updates at the best rate, one a seed.
         at_edge: whether the best rate is the smallest or the largest one tried.
         plateau: largest over smallest rate whose mean validation is within one point of the best,
             or within two of its standard errors if that is more.
@@ -56,6 +58,7 @@ class Choice:
     best: int | None = None
     validation: tuple[float, ...] = ()
     test: tuple[float, ...] = ()
+    curves: tuple[Curve, ...] = ()
     at_edge: bool = False
     plateau: float | None = None
     diverged: int = 0
@@ -127,6 +130,7 @@ def choose(
         best=best,
         validation=tuple(float(line["validation"]) for line in lines),
         test=tuple(float(line["test"]) for line in lines),
+        curves=tuple(curve_of(line) for line in lines),
         at_edge=len(ends) > 1 and best in (ends[0], ends[-1]),
         plateau=_plateau([level for level in levels if level.whole], best, grid),
         seconds=mean(seconds) if seconds else None,
