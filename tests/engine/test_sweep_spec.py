@@ -40,6 +40,14 @@ axes: {rank: [4, 8]}
 """
 
 
+def test_runs_measure_no_general_ability_which_no_table_shows():
+    sweep = resolve(write(SMALL))
+    seen = sweep.stream_for(5)
+    assert sweep.stream.general is not None
+    assert (seen.general, seen.seed) == (None, 5)
+    assert [task.size("test") for task in seen] == [task.size("test") for task in sweep.stream]
+
+
 def test_methods_axes_and_rates_make_the_groups():
     sweep = resolve(write(SMALL))
     names = [group.name for group in sweep.groups]

@@ -59,8 +59,12 @@ class Sweep:
     worst: float
 
     def stream_for(self, seed: int) -> Stream:
-        """Return the stream as a run with this seed sees it."""
-        return find_stream(_source(self.spec, self.path), seed=seed)
+        """Return the stream as a run with this seed sees it.
+
+        General ability is left out: no table of a sweep shows it, and on small tasks measuring it
+        takes as long as training.
+        """
+        return replace(find_stream(_source(self.spec, self.path), seed=seed), general=None)
 
     @property
     def model(self) -> str | None:
