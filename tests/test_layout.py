@@ -46,6 +46,7 @@ LONGER: dict[str, str] = {
     "src/polyrank/engine/loop.py:run": "fifteen arguments, each explained",
     "src/polyrank/methods/codyra.py": "twelve options of its own, each explained",
     "src/polyrank/methods/moe_lora.py": "eleven published methods behind one set of options",
+    "src/polyrank/methods/sema.py": "seventeen options, each explained",
     "src/polyrank/methods/sora.py": "twelve options, each explained, and two published settings",
 }
 

@@ -12,8 +12,8 @@ from polyrank.engine.reading import ImageReader, ImageTextReader, SequenceReader
 from polyrank.engine.reading.images import pixels_for
 from polyrank.errors import ConfigError
 from polyrank.frame import Loss, Out, keyed
-from polyrank.methods.masked import MaskedCrossEntropy
 from polyrank.parts.contrast import TextLoss, texts_to_images
+from polyrank.parts.masked import MaskedCrossEntropy
 from polyrank.streams import Task
 from polyrank.testing import MODELS, assert_close
 

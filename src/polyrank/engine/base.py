@@ -26,7 +26,9 @@ from polyrank.engine.progress import Watch
 from polyrank.engine.reading import Reader, load_processor, reader_for
 from polyrank.engine.vit import pretraining, quiet, small_vit, trained_vit
 from polyrank.errors import ConfigError
+from polyrank.frame import Method
 from polyrank.io.cache import cache_folder
+from polyrank.layers.config import NO_TARGETS
 from polyrank.streams import Stream
 
 # Where the classifier of an image or sequence model sits, most common name first.
@@ -57,9 +59,10 @@ class Base:
     kept: bool = True
     length: int | None = None
 
-    def targets_for(self, wanted: list[str] | str | None) -> list[str] | str:
-        """Return the layers to adapt."""
-        return self.targets if wanted is None else wanted
+    def targets_for(self, wanted: list[str] | str | None, method: Method) -> list[str] | str:
+        """Return the layers to adapt, no more than PEFT's word for none if a method has none."""
+        own = self.targets if method.linear else NO_TARGETS
+        return own if wanted is None or not method.linear else wanted
 
     def stand_in(self) -> nn.Module:
         """Return a model of the same structure, for checks before anything is trained."""

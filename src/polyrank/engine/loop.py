@@ -101,7 +101,7 @@ def run(
         made = bases.choose(base, plan.stream, processor)
         _try(made, plan)
         places = Places(save_every=save_every, prefix_cache=prefix_cache, overwrite=overwrite)
-        identity = plan.record(made.about, made.targets_for(plan.target_modules))
+        identity = plan.record(made.about, made.targets_for(plan.target_modules, plan.method))
         folder, state = place_of(plan, out, identity, command, overwrite)
         if state == "done":
             return Result(path=folder.path, results=folder.results(), model=None)
@@ -149,7 +149,8 @@ def _try(made: bases.Base, plan: Plan) -> None:
     if problems := Objective(reader, plan.method, plan.strategies).problems():
         raise ConfigError(problems)
     try:
-        adapt(stand_in, plan.method, made.targets_for(plan.target_modules), head=made.head)
+        targets = made.targets_for(plan.target_modules, plan.method)
+        adapt(stand_in, plan.method, targets, head=made.head)
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise

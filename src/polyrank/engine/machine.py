@@ -146,7 +146,7 @@ class Engine:
         model = adapt(
             mine,
             system.method,
-            self.base.targets_for(self.plan.target_modules),
+            self.base.targets_for(self.plan.target_modules, system.method),
             head=self.base.head,
             seed=seed_of(self.seed, "adapter"),
         )

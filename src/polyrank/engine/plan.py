@@ -106,6 +106,8 @@ class Plan:
         for entry in (self.method, *self.strategies):
             yield from (f"{entry.name}: {problem}" for problem in entry.checks())
         yield from (f"train: {problem}" for problem in self.settings.problems())
+        if self.target_modules is not None and not self.method.linear:
+            yield f"target_modules: {self.method.name} adapts no linear layers; leave it out"
         yield from combination_problems(self.method, self.strategies)
         if stream.scenario == "unlearning":
             yield f"stream: {stream.name!r} is {stream.scenario}, which has no engine yet"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from polyrank.engine.data import TaskRows, batches
 from polyrank.engine.reading import Reader
 from polyrank.errors import ConfigError
-from polyrank.frame import Buffer, Layer, Loss, Saved, Workshop, keyed, seed_of
+from polyrank.frame import Block, Buffer, Layer, Loss, Saved, Workshop, keyed, seed_of
 from polyrank.layers import (
     AdaptedLinear,
     ModelAdapter,
@@ -26,6 +26,7 @@ from polyrank.layers import (
     keep,
     redraw,
     replica,
+    reshaped,
     saved_of,
     view,
 )
@@ -252,6 +253,10 @@ class TaskWorkshop(Workshop):
     def keep(self, layer: Layer, ranks: Tensor) -> None:
         """Keep some live ranks of one layer, in the given order."""
         keep(self.model, cast("View", layer), ranks)
+
+    def reshaped(self) -> AbstractContextManager[list[Block]]:
+        """Let the adapter's blocks change inside of the block."""
+        return reshaped(self.model)
 
     def saved(self) -> Saved:
         """Return the live adapter as a value, a copy of what would be written to disk now."""

@@ -162,6 +162,7 @@ class Method(_Slots):
 
     Class facts:
         scalings: the conventions that `scaling` may name, each one known to `scale`.
+        linear: whether linear layers are adapted; False for a method of blocks alone.
         lendable: a part of {"init", "optim"}, what other methods may take of this one.
         otherwise: for a method with updates of its own, how to do without: ", or …".
 
@@ -177,6 +178,7 @@ class Method(_Slots):
 
     kind: ClassVar[str] = "method"
     scalings: ClassVar[tuple[str, ...]] = SCALINGS
+    linear: ClassVar[bool] = True
     lendable: ClassVar[frozenset[str]] = frozenset()
     otherwise: ClassVar[str] = ""
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from polyrank.frame.block import Block
 from polyrank.frame.saved import Saved
 from polyrank.frame.slots import Adapter, Group, Layer, Loss
 
@@ -222,6 +223,9 @@ class Workshop(Protocol):
 
     def keep(self, layer: Layer, ranks: Tensor) -> None:
         """Keep some live ranks of one layer, in the given order."""
+
+    def reshaped(self) -> AbstractContextManager[list[Block]]:
+        """Let the adapter's blocks change inside of the block: parts come, go, or freeze."""
 
     def saved(self) -> Saved:
         """Return the live adapter as a value, a copy of what would be written to disk now."""

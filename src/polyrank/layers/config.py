@@ -8,12 +8,15 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
+from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from polyrank.errors import CheckpointError, ConfigError
 from polyrank.frame import Method, method
 from polyrank.layers.card import write_card
 
 SCHEMA = 1
+# PEFT's word for an adapter that takes the place of no module.
+NO_TARGETS = DUMMY_TARGET_MODULES
 
 
 @dataclass
@@ -79,6 +82,8 @@ class PolyrankConfig(PeftConfig):
             made = method(self.method, **self.options)
         except ConfigError as error:
             problems += error.problems
+        else:
+            problems += self._target_problems(made)
         if problems:
             raise ConfigError(problems)
         if not isinstance(made, Method):
@@ -88,6 +93,18 @@ class PolyrankConfig(PeftConfig):
                 f'strategies=["{self.method}"])'
             )
         self.method, self.options = made.name, made.options()
+
+    def _target_problems(self, made: Any) -> list[str]:
+        """Take the targets of a method without layers, and say if layers are asked for."""
+        if getattr(made, "linear", True):
+            return []
+        if self.target_modules not in (None, "all-linear", NO_TARGETS):
+            return [
+                f"target_modules: got {self.target_modules!r}, but {made.name!r} adapts no linear "
+                "layers; leave it out"
+            ]
+        self.target_modules = NO_TARGETS
+        return []
 
     def _problems(self) -> list[str]:
         found = []

@@ -169,14 +169,20 @@ def head_problems(model: nn.Module, config: PolyrankConfig) -> Iterator[str]:
             )
 
 
+def _several(module: nn.Module) -> bool:
+    """Say whether a module holds several, itself or in the one list that it holds, as T5's do."""
+    inner = list(module.children())
+    if len(inner) == 1 and isinstance(inner[0], nn.ModuleList):
+        inner = list(inner[0])
+    return len(inner) > 1
+
+
 def blocks_of(model: nn.Module) -> list[tuple[str, int, int]]:
     """Return (path, number, count) of every transformer block, outermost only."""
     found = []
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and PREFIX not in path:
-            children = [
-                name for name, child in module.named_children() if len(list(child.children())) > 1
-            ]
+            children = [name for name, child in module.named_children() if _several(child)]
             if children and re.search(r"(^|\.)(layers?|blocks?|h)$", path):
                 found += [(f"{path}.{name}", int(name), len(module)) for name in children]
     nested = {a for a, _, _ in found for b, _, _ in found if a != b and a.startswith(b + ".")}

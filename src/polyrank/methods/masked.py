@@ -14,39 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from polyrank.frame import Adapter, Loss, Method, Out, Strategy, Workshop, register
-from polyrank.layers.views import wide
-from polyrank.parts.distil import classes_of, refuse_strangers
-
-
-class MaskedCrossEntropy(Loss):
-    """−Σ_rows log softmax(z_N)_y."""
-
-    needs = frozenset({"logits"})
-
-    def bind(self, adapter: Adapter, workshop: Workshop | None) -> None:
-        """Learn the classes of the task.
-
-        Raises:
-            ConfigError: if it has none.
-        """
-        self.classes = torch.tensor(sorted(classes_of(workshop)))
-
-    def __call__(self, out: Out, batch: dict[str, Tensor]) -> Tensor:
-        """Return the sum over rows.
-
-        Raises:
-            ConfigError: if a label lies outside the task.
-        """
-        assert out.logits is not None
-        classes, labels = self.classes.to(out.logits.device), batch["labels"]
-        place = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1)
-        refuse_strangers(classes[place] == labels, "masked")
-        return F.cross_entropy(wide(out.logits)[:, classes], place, reduction="sum")
+from polyrank.frame import Loss, Method, Strategy, register
+from polyrank.parts.masked import MaskedCrossEntropy
 
 
 @register

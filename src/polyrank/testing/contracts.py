@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from polyrank.testing.probes import (
     nudge,
     same,
     stateful,
+    unreached,
 )
 from polyrank.testing.tolerance import assert_close
 from polyrank.testing.verbs import VERBS
@@ -144,13 +146,16 @@ def check_merged(case: Case) -> None:
 
 
 def check_gradients(case: Case) -> None:
-    """Every trainable weight gets a gradient once B has left zero."""
+    """Every trainable weight gets a gradient once B has left zero, but those declared otherwise."""
     model = case.build(method=case.undropped())
     nudge(model)
     model.train()
     case.loss(model).backward()
+    aside = unreached(model)
     for name, param in model.named_parameters():
-        if param.requires_grad:
+        if name in aside:
+            assert param.grad is None or not param.grad.any(), f"{name} is reached by the loss"
+        elif param.requires_grad:
             assert param.grad is not None, f"{name} gets no gradient"
             assert torch.isfinite(param.grad).all(), f"{name} gets a gradient that is not finite"
             assert param.grad.any(), f"{name} gets a gradient of zero"
@@ -159,8 +164,9 @@ def check_gradients(case: Case) -> None:
 
 
 def check_size(case: Case) -> None:
-    """Each layer trains as many weights as `parameters_per_site` says."""
+    """Each layer trains as many weights as `parameters_per_site` says; some have no layers."""
     adapter = adapter_of(case.build())
+    assert bool(adapter.layers) is case.method.linear, "layers are adapted, or not, as declared"
     for layer in adapter.layers:
         found = sum(p.numel() for params in layer.parameters().values() for p in params)
         expected = case.method.parameters_per_site(layer.site)
@@ -197,8 +203,8 @@ def check_undecayed(case: Case) -> None:
 def check_refusals(case: Case) -> None:
     """Inputs that are not floating and options without sense are refused in words that help."""
     model = case.build()
-    layer = next(m for m in model.modules() if isinstance(m, AdaptedLinear))
-    for dtype in REFUSED:
+    layers = [m for m in model.modules() if isinstance(m, AdaptedLinear)][:1]
+    for layer, dtype in product(layers, REFUSED):
         x = torch.ones(2, layer.in_features, dtype=dtype)
         text = _refusal(partial(layer, x), PolyrankError, f"an input of {dtype}")
         assert str(dtype) in text, f"{dtype} is not named in: {text}"

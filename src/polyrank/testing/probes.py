@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from polyrank.frame import keyed
+from polyrank.frame import Block, Core, keyed
 from polyrank.layers import adapter_of
 
 
@@ -19,12 +19,20 @@ def declared(model: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def stateful(model: PeftModel) -> set[str]:
-    """Names of what a core keeps beside its trained weights, which rules and forwards may move."""
+    """Names of what a core or a block keeps beside its trained weights, and rules may move."""
+    found = adapter_of(model)
+    parts: list[Core | Block] = [*(layer.core for layer in found.layers), *found.blocks]
+    ids = {id(p) for part in parts for n, p in part.named_parameters() if n in part.frozen}
+    return {name for name, p in model.named_parameters() if id(p) in ids}
+
+
+def unreached(model: PeftModel) -> set[str]:
+    """Names of trained weights of blocks that the model's own loss teaches nothing."""
     ids = {
         id(p)
-        for layer in adapter_of(model).layers
-        for n, p in layer.core.named_parameters()
-        if n in layer.core.frozen
+        for block in adapter_of(model).blocks
+        for n, p in block.named_parameters()
+        if n in block.unreached
     }
     return {name for name, p in model.named_parameters() if id(p) in ids}
 
