@@ -17,6 +17,7 @@ import torch
 
 import polyrank as pr
 from polyrank import engine
+from polyrank.streams import stream
 
 # About the published sum of thresholds, 0.65, in much shorter tasks: of 105 updates on digits, of
 # 15 to 90 on stdlib.
@@ -47,6 +48,10 @@ ENTRIES: list[tuple[str, str, dict, list[tuple[str, dict]]]] = [
     ("codyra-masked", "codyra", {}, [("masked", {})]),
     ("sora", "sora", {}, []),
     ("dylora", "dylora", {}, []),
+    ("full", "full", {}, []),
+    ("osf", "osf", {}, []),
+    ("osf-progressive", "osf", {"schedule": "progressive"}, []),
+    ("osf-core", "osf", {"parametrisation": "core"}, []),
 ]
 # Ranks and training of each stream.
 TRAIN = {
@@ -72,6 +77,8 @@ def main() -> None:
             started = time.perf_counter()
             if method == "codyra":
                 options = FADING.get(given.stream, options)
+            if options.get("schedule") == "progressive":
+                options = {**options, "tasks": len(stream(given.stream, seed=seed))}
             result = engine.run(
                 None,
                 given.stream,

@@ -22,6 +22,7 @@ NAMES = [
     "lora-xs",
     "mora",
     "olora",
+    "osf",
     "smora",
     "sora",
 ]

@@ -164,9 +164,26 @@ class Bench:
     def logits(self, batch):
         return self.model(batch["x"])
 
-    def absorb(self, *, lossy=False, archive=False):
-        absorb(self.model, lossy=lossy, archive=archive, seed=self.task)
+    def absorb(self, *, lossy=False, archive=False, ranks=None):
+        absorb(self.model, lossy=lossy, archive=archive, ranks=ranks, seed=self.task)
         self.model.to(self.dtype)
+
+    @torch.no_grad()
+    def observe(self, batches, at, wants, fn):
+        assert at == "linear"
+        handles = [
+            layer.module.base_layer.register_forward_hook(
+                lambda _, args, out, path=layer.site.path: fn(
+                    path, {"input": args[0], "output": out}
+                )
+            )
+            for layer in self.adapter.layers
+        ]
+        for batch in batches:
+            self.model(batch["x"])
+        for handle in handles:
+            handle.remove()
+        return {}
 
     def append(self, name, r=None):
         append(self.model, r, seed=1)

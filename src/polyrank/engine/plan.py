@@ -181,7 +181,8 @@ class Plan:
     def systems(self) -> list[System]:
         """Return what is compared: the method, and LoRA of equal rank unless it is that itself."""
         method, active = self.method, getattr(self.method, "k", None)
-        label = f"{method.name} r={method.r}" + (f" k={active}" if active else "")
+        sized = f" r={method.r}" if method.sized else ""
+        label = f"{method.name}{sized}" + (f" k={active}" if active else "")
         borrowed = (("start", method.init_by), ("optimiser", method.optim_by))
         label += "".join(f" + {word} {lender}" for word, lender in borrowed if lender)
         label += "".join(f" + {s.name}" for s in self.strategies)

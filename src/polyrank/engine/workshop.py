@@ -215,10 +215,16 @@ class TaskWorkshop(Workshop):
         device = next(self.model.parameters()).device
         return {key: value.to(device) for key, value in batch.items()}
 
-    def absorb(self, *, lossy: bool = False, archive: bool = False) -> None:
+    def absorb(
+        self,
+        *,
+        lossy: bool = False,
+        archive: bool | str = False,
+        ranks: Mapping[str, int] | None = None,
+    ) -> None:
         """Add the adapter's update to the base weights and redraw it."""
         key = f"absorb-{self.task}"
-        absorb(self.model, lossy=lossy, archive=archive, seed=self.seed, key=key)
+        absorb(self.model, lossy=lossy, archive=archive, ranks=ranks, seed=self.seed, key=key)
         self.absorbed = True
 
     def append(self, name: str, r: int | None = None) -> None:

@@ -165,6 +165,7 @@ class Method(_Slots):
         linear: whether linear layers are adapted; False for a method of blocks alone.
         lendable: a part of {"init", "optim"}, what other methods may take of this one.
         otherwise: for a method with updates of its own, how to do without: ", or …".
+        sized: whether `r` says how many ranks a layer has; where it does not, `ranks` does.
 
     Args:
         r: number of live ranks per layer, >= 1.
@@ -181,6 +182,7 @@ class Method(_Slots):
     linear: ClassVar[bool] = True
     lendable: ClassVar[frozenset[str]] = frozenset()
     otherwise: ClassVar[str] = ""
+    sized: ClassVar[bool] = True
 
     r: int = 8
     alpha: float = 16.0
@@ -230,6 +232,10 @@ class Method(_Slots):
             "alpha": 1,
         }[self.scaling]
         return site.alpha / divisor
+
+    def ranks(self, site: Site) -> int:
+        """Return the live ranks of a fresh layer, `site.r` those that were asked for; >= 0."""
+        return site.r
 
     def core(self, site: Site) -> Core:
         """Return a new core for one layer; φ = identity if the method leaves it out."""

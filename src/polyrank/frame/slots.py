@@ -50,7 +50,7 @@ class Layer(Protocol):
     row_scale: Tensor | None
 
     def weight(self) -> Tensor:
-        """Return the base weight as dense fp32 (d_out, d_in); raises if the base is quantised."""
+        """Return the base weight (d_out, d_in), fp32 or fp64; raises if the base is quantised."""
 
 
 class Head(nn.Module):

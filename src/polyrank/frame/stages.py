@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -208,11 +208,18 @@ class Workshop(Protocol):
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """Return what the model answers in evaluation mode, without gradients."""
 
-    def absorb(self, *, lossy: bool = False, archive: bool = False) -> None:
+    def absorb(
+        self,
+        *,
+        lossy: bool = False,
+        archive: bool | str = False,
+        ranks: Mapping[str, int] | None = None,
+    ) -> None:
         """Add the adapter's update to the base weights and redraw it.
 
         `lossy` allows a base below fp32; `archive` keeps the ranks, so that a saved adapter also
-        fits the original base.
+        fits the original base, "folded" into as few as hold them; `ranks` are the live ones from
+        now on, by site path.
         """
 
     def append(self, name: str, r: int | None = None) -> None:

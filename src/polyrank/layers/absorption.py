@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from polyrank.errors import ConfigError, MergeError
 from polyrank.layers.archive import Archive, archived, witness
 from polyrank.layers.structure import note, rebuilt, redraw, unattached
-from polyrank.layers.views import View, wide
+from polyrank.layers.views import Factor, View, wide
 
 
 def absorb(
@@ -18,7 +19,8 @@ def absorb(
     *,
     adapter: str | None = None,
     lossy: bool = False,
-    archive: bool = False,
+    archive: bool | str = False,
+    ranks: Mapping[str, int] | None = None,
     seed: int = 0,
     key: str = "absorb",
 ) -> None:
@@ -32,14 +34,16 @@ def absorb(
         adapter: its name; None is the active one.
         lossy: go on although the base is stored below fp32, where a part of every update is
             rounded away.
-        archive: keep the absorbed ranks with the adapter, r (d_in + d_out) weights a layer.
+        archive: keep the absorbed ranks with the adapter, r (d_in + d_out) weights a layer; with
+            "folded", never more than min(d_in, d_out) ranks, their order and number then forgotten.
+        ranks: live ranks from now on, by site path; layers that are not named keep theirs.
         seed: key of the new starting values.
         key: word that makes these starting values differ from others of the same seed.
 
     Raises:
-        MergeError: if the update depends on the token or is not finite, the base is quantised or
-            has adapters merged into it, or rounding would lose some of the update and `lossy` is
-            False; before anything changes.
+        MergeError: if the update depends on the token or is not finite, the base is quantised, is
+            shared with another module or has adapters merged into it, or rounding would lose some
+            of the update and `lossy` is False; before anything changes.
         ConfigError: if an optimiser is attached.
     """
     found = unattached(model, adapter, "absorb")
@@ -53,23 +57,58 @@ def absorb(
             "absorb: a core that scales the base output is no product of factors and cannot be "
             "archived; pass archive=False"
         )
+    _check_shared(model, found.layers)
     _check_absorption(found.layers, lossy)
     for view in found.layers:
-        layer, had_bank = view.module, view.bank is not None
-        held = Archive(*archived(view)) if archive else None
-        weight = _with_update(view)
-        view.witness = witness(layer.dense_weight(), weight, view.witness)
-        layer.dense_weight().data = weight
-        layer.forget(view.name, layer.other_param_names)
-        view.absorbed = True
-        if held is not None:
-            layer.polyrank_archive[view.name] = held
-        if had_bank:
-            with rebuilt(view):
-                layer.polyrank_core[view.name] = view.method.core(view.site)
-            view.segments, view.order = [], None
+        _take_in(view, archive, None if ranks is None else ranks.get(view.site.path))
         note(model, view)
     redraw(model, adapter=found.name, seed=seed, key=key)
+
+
+def _take_in(view: View, archive: bool | str, r: int | None) -> None:
+    """Let one base weight take its update; what acted ends, and r live ranks are to be filled."""
+    layer, had_bank = view.module, view.bank is not None
+    held = Archive(*archived(view, folded=archive == "folded")) if archive else None
+    weight = _with_update(view)
+    view.witness = witness(layer.dense_weight(), weight, view.witness)
+    layer.dense_weight().data = weight
+    layer.forget(view.name, layer.other_param_names)
+    view.absorbed = True
+    if held is not None:
+        layer.polyrank_archive[view.name] = held
+    if r is not None and r != view.site.r:
+        _resize(view, r)
+    elif had_bank:
+        with rebuilt(view):
+            layer.polyrank_core[view.name] = view.method.core(view.site)
+    view.segments, view.order = [], None
+
+
+def _resize(view: View, r: int) -> None:
+    """Give a layer room for r live ranks, to be filled."""
+    with rebuilt(view):
+        view.site = replace(view.site, r=r)
+        core = view.method.core(view.site)
+        view.module.polyrank_A[view.name] = Factor(core.widths[0], view.site.d_in)
+        view.module.polyrank_B[view.name] = Factor(view.site.d_out, core.widths[1])
+        view.module.polyrank_core[view.name] = core
+
+
+def _check_shared(model: nn.Module, views: Sequence[View]) -> None:
+    """Refuse to change a weight that another module reads too, such as tied embeddings."""
+    own = {id(view.module.dense_weight()): view for view in views}
+    readers: dict[int, list[str]] = {key: [] for key in own}
+    for path, module in model.named_modules():
+        for param in module._parameters.values():
+            if id(param) in readers:
+                readers[id(param)].append(path)
+    for key, paths in readers.items():
+        if len(paths) > 1:
+            raise MergeError(
+                f"absorb: the base weight at {own[key].site.path} is shared by {len(paths)} "
+                f"modules ({', '.join(paths[:2])}), and what one learns would change the others; "
+                "leave the layer out with exclude_modules, or untie the weights"
+            )
 
 
 def _with_update(view: View) -> Tensor:

@@ -148,13 +148,17 @@ def negated(view: View) -> list[tuple[Tensor, Tensor]]:
     return [(A0, -B0)]
 
 
-def archived(view: View) -> tuple[Tensor, Tensor]:
+def archived(view: View, *, folded: bool = False) -> tuple[Tensor, Tensor]:
     """Return (A, B) of all that a layer's base weight holds once its update is absorbed too.
 
-    s B A is the sum of everything absorbed so far and of what acts now.
+    s B A is the sum of everything absorbed so far and of what acts now. Folded, more ranks than
+    the smaller width become that many: the product itself beside an identity.
     """
     parts = [part for part in (view.dormant, view.bank, settled(view)) if part is not None]
     parts += negated(view)
     A = torch.cat([wide(A.detach()).cpu() for A, _ in parts])
     B = torch.cat([wide(B.detach()).cpu() for _, B in parts], dim=1)
-    return A, B
+    if not folded or len(A) <= (least := min(B.shape[0], A.shape[1])):
+        return A, B
+    product, one = B @ A, torch.eye(least, dtype=B.dtype)
+    return (product, one) if least == len(B) else (one, product)

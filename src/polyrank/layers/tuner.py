@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -200,18 +201,19 @@ class PolyrankModel(BaseTuner):
             )
         pattern = get_pattern_key(list(config.rank_pattern), key)
         alpha = get_pattern_key(list(config.alpha_pattern), key)
-        r = config.sites.get(key, {}).get("r", config.rank_pattern.get(pattern, self._method.r))
+        noted = config.sites.get(key, {}).get("r", config.rank_pattern.get(pattern))
         depth, depths = self._depths.get(key, (-1, -1))
-        return Site(
+        site = Site(
             path=key,
             d_in=d_in,
             d_out=d_out,
-            r=r,
+            r=self._method.r if noted is None else noted,
             alpha=float(config.alpha_pattern.get(alpha, self._method.alpha)),
             depth=depth,
             depths=depths,
             masks=mask_of(self.model, key),
         )
+        return site if noted is not None else replace(site, r=self._method.ranks(site))
 
     def _inject_head(self, model: nn.Module, name: str, config: PolyrankConfig) -> None:
         if config.head is None:

@@ -194,8 +194,8 @@ class View(Layer):
         return not layer._disable_adapters and self.name in layer.active_adapters
 
     def weight(self) -> Tensor:
-        """Return the base weight as dense fp32 (d_out, d_in)."""
-        weight = self.module.dense_weight().detach().float()
+        """Return the base weight as dense fp32 (d_out, d_in), in fp64 if it is stored so."""
+        weight = wide(self.module.dense_weight().detach())
         return weight.T if self.module.transposed else weight
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
@@ -284,8 +284,11 @@ class View(Layer):
         update = B @ core.delta(condition).detach().to(B) @ A
         if self.shadow is not None:
             A0, B0, delta = self.shadow
-            A0 = wide(A0) if delta is None else _through(wide(delta), wide(A0).T).T
-            update = update - wide(B0) @ A0
+            # Multiplied in the order of what is added, so that equal factors cancel exactly.
+            B0 = wide(B0)
+            if delta is not None:
+                B0 = B0 @ wide(delta) if delta.dim() == 2 else B0 * wide(delta)
+            update = update - B0 @ wide(A0)
         update = update * self.scale
         if (gain := core.base_gain()) is not None:
             update = update + (float(gain) - 1) * self.weight()

@@ -21,7 +21,9 @@ from polyrank.parts import (
     pairs,
     per_sample,
     prefix,
+    projection,
     ramp,
+    resplit,
     routers,
     row_scale,
     rows,
@@ -29,6 +31,7 @@ from polyrank.parts import (
     selfgate,
     settle,
     sparsify,
+    subspaces,
     transforms,
 )
 
@@ -53,7 +56,9 @@ __all__ = [
     "pairs",
     "per_sample",
     "prefix",
+    "projection",
     "ramp",
+    "resplit",
     "routers",
     "row_scale",
     "rows",
@@ -61,5 +66,6 @@ __all__ = [
     "selfgate",
     "settle",
     "sparsify",
+    "subspaces",
     "transforms",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -312,13 +313,15 @@ def _site(
     """Return where a saved adapter sits, and its scale there."""
     noted = (config.get("sites") or {}).get(path, {})
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    r = noted.get("r", ranks.get(get_pattern_key(list(ranks), path)))
     site = Site(
         path=path,
         d_in=A.shape[1],
         d_out=B.shape[0],
-        r=noted.get("r", ranks.get(get_pattern_key(list(ranks), path), made.r)),
+        r=made.r if r is None else r,
         alpha=float(alphas.get(get_pattern_key(list(alphas), path), made.alpha)),
     )
+    site = site if r is not None else replace(site, r=made.ranks(site))
     return site, float(noted.get("scale", made.scale(site)))
 
 
