@@ -46,6 +46,8 @@ ENTRIES: list[tuple[str, str, dict, list[tuple[str, dict]]]] = [
     ("mora-masked", "mora", {}, [("masked", {})]),
     ("codyra", "codyra", {}, []),
     ("codyra-masked", "codyra", {}, [("masked", {})]),
+    ("mixlora", "mixlora", {"experts": 4, "alpha": 16.0}, []),
+    ("mixlora-masked", "mixlora", {"experts": 4, "alpha": 16.0}, [("masked", {})]),
     ("sora", "sora", {}, []),
     ("dylora", "dylora", {}, []),
     ("full", "full", {}, []),

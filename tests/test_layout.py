@@ -45,6 +45,7 @@ LONGER: dict[str, str] = {
     "src/polyrank/cli/run.py:command": "twenty-one options, each with its help",
     "src/polyrank/engine/loop.py:run": "fifteen arguments, each explained",
     "src/polyrank/methods/codyra.py": "twelve options of its own, each explained",
+    "src/polyrank/methods/mixlora.py": "thirteen options, each explained, and three routers",
     "src/polyrank/methods/moe_lora.py": "eleven published methods behind one set of options",
     "src/polyrank/methods/sema.py": "seventeen options, each explained",
     "src/polyrank/methods/osf.py": "sixteen options, each explained, and four published settings",

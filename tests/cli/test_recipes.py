@@ -20,6 +20,7 @@ NAMES = [
     "lora-ga",
     "lora-sb",
     "lora-xs",
+    "mixlora",
     "mora",
     "olora",
     "osf",

@@ -32,6 +32,7 @@ SYSTEMS = {
     "codyra": ("codyra", {"r": 2, "levels": 2, "dense": 0.0}, []),
     "dylora": ("dylora", {"r": 3, "mode": "frozen", "evaluate": [1]}, []),
     "mora": ("mora", {"r": 2}, []),
+    "mixlora": ("mixlora", {"r": 2, "experts": 3, "jitter": 0.1, "dropout": 0.1}, []),
     "osf": ("osf", {"schedule": "adaptive", "trr": 0.5, "unsure": "uniform"}, []),
     "sora": ("sora", {"r": 2, "schedule": [0.0, 0.02, 0.05], "stage_steps": 2}, []),
 }

@@ -46,6 +46,7 @@ class Block(nn.Module):
             none, or zero, as of a part with a phase and a loss of its own.
         roles: roles of parameters by the first part of their names.
         left: what the losses of such parts read of the last forward, as `Out.sides`.
+        peers: how many transformer blocks of the model hold blocks of its adapter.
     """
 
     tap: str
@@ -54,6 +55,7 @@ class Block(nn.Module):
     exact: frozenset[str] = frozenset()
     unreached: frozenset[str] = frozenset()
     roles: ClassVar[dict[str, str]] = {}
+    peers: int = 1
 
     def __init__(self) -> None:
         super().__init__()

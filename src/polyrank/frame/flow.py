@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class Flow:
         attached: adapters whose rules run at every update.
         stepped: adapters whose rules ran since the last training forward.
         watchers: called before every training forward of the model.
+        notes: what the layers of one training forward tell each other, in a dict of its own for
+            every forward; a recompute finds what its forward left. Not kept in compiled code.
     """
 
     mask: Tensor | None = None
@@ -63,6 +65,7 @@ class Flow:
     attached: set[str] = field(default_factory=set)
     stepped: set[str] = field(default_factory=set)
     watchers: list[Callable[[], None]] = field(default_factory=list)
+    notes: dict[Any, Any] = field(default_factory=dict)
 
     def live(self, training: bool) -> bool:
         """Say whether this is a training forward that happens for the first time.
@@ -109,10 +112,12 @@ class Flow:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Flow:
         """Copy what a forward left, not who watches: a copy of a model does not train along."""
-        return replace(self, draw=self.draw.clone(), watchers=[], attached=set(), stepped=set())
+        own: dict[str, Any] = {"watchers": [], "attached": set(), "stepped": set(), "notes": {}}
+        return replace(self, draw=self.draw.clone(), **own)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "watchers": [], "attached": set(), "stepped": set()}
+        own: dict[str, Any] = {"watchers": [], "attached": set(), "stepped": set(), "notes": {}}
+        return {**self.__dict__, **own}
 
     def at(self, mask: Tensor | None) -> Flow:
         """Return the flow as one layer sees it: `mask` is the one that belongs to its tokens."""

@@ -254,6 +254,8 @@ def make_blocks(
         )
     if problems:
         raise ConfigError(problems)
+    for _, _, block in made:
+        block.peers = len({site.path for _, site, _ in made})
     return made
 
 

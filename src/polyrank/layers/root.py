@@ -104,6 +104,8 @@ class FlowHook:
             for watcher in self.flow.watchers:
                 watcher()
             self.flow.draw.add_(1)
+            # Not emptied: an earlier forward may still be waiting for its backward.
+            self.flow.notes = {}
             self.check()
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:

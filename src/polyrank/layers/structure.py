@@ -328,6 +328,7 @@ def truncate(model: nn.Module, r: int, *, adapter: str | None = None) -> None:
     for view in found.layers:
         # A core that has no such form says so here, before any layer is cut.
         view.method.core(_resized(view, r))
+        view.core.shortened(r)
     if problems := shadow_problems(found.layers):
         raise ConfigError(problems)
     for view in found.layers:

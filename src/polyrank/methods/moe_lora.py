@@ -13,7 +13,7 @@ Source: arXiv:2312.09979 (loramoe), 2402.08562 (mola), 2310.18339 (task), 2404.1
 Differs from the released code: gates in fp32; losses skip padding and are summed over layers, where
     theirs averages aux over layers; router and experts see one dropped-out x; batch first.
 Limits: single linear layers; moslora merges, task for one task. Cost: r (d_in + d_out) + E d_in.
-Status: every form and loss tested against mixtures written out; MixLoRA is not among them; the
+Status: every form and loss tested against mixtures written out; MixLoRA is a method of its own; the
     papers' accuracies are not verified here.
 """
 

@@ -81,7 +81,7 @@ def misfits(router: str, got: Mapping[str, Any]) -> Iterator[str]:
     if router == "mixlora":
         yield (
             "router: mixlora weighs whole FFN experts behind their non-linearity, which no mixture "
-            "on a linear layer can do"
+            "on a linear layer can do; use the method mixlora"
         )
     if got["tau"] is not None and (not isinstance(got["tau"], (int, float)) or not got["tau"] > 0):
         yield f"tau: got {got['tau']!r}, expected a number > 0; leave it out for the router's own"
