@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import polyrank as pr
@@ -12,7 +13,7 @@ from polyrank.errors import RunError
 from polyrank.frame import Flow, Out, Site, keyed
 from polyrank.layers import LinearHead, adapter_of
 from polyrank.parts.branches import Adapters, Descriptors, Expandable
-from polyrank.parts.describe import HoldRows
+from polyrank.parts.describe import HoldRows, _gathered
 from polyrank.parts.masked import MaskedCrossEntropy
 from polyrank.parts.optimizer import build_optimizer
 from polyrank.parts.windows import Windows
@@ -188,6 +189,43 @@ def test_padding_counts_neither_for_the_router_nor_for_descriptors():
         alone = run(block, h[row : row + 1, :real])
         assert_close(padded[row : row + 1, :real], alone)
         assert_close(told[row : row + 1], block.left.pop("errors"))
+
+
+def test_a_recomputed_forward_records_once_and_processes_share_what_they_record(monkeypatch):
+    from torch.utils.checkpoint import checkpoint
+
+    block, h = branch(2), hidden().requires_grad_()
+    block.train().recording = True
+    for number, reentrant in enumerate((False, True)):
+        checkpoint(run, block, h, use_reentrant=reentrant).sum().backward()
+        assert len(block.pending) == number + 1
+    errors = block.pending[0]
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+
+    def both(found, own):
+        found[:] = [own, own[:2] + 1]
+
+    monkeypatch.setattr(dist, "all_gather_object", both)
+    assert torch.equal(_gathered(errors), torch.cat([errors, errors[:2] + 1]))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+def test_in_low_precision_means_and_statistics_stay_fine(kind):
+    block = branch(2).to(kind)
+    assert {p.dtype for n, p in block.named_parameters() if "values" not in n} == {
+        kind,
+        torch.int64,
+    }
+    low = block.float() if kind == torch.float32 else block
+    assert low.window.values.dtype in (torch.float32, torch.float64)
+    h = hidden().to(kind)
+    block.eval().watched = True
+    answer = run(block, h)
+    assert answer.dtype == kind
+    assert block.left.pop("errors").dtype == torch.float32
+    exact = branch(2).to(kind).double()
+    assert_close(answer.double(), run(exact, h.double()), dtype=kind)
 
 
 def test_errors_are_means_over_features_and_teach_the_hidden_state_nothing():

@@ -236,6 +236,8 @@ def test_merging_and_strategies_that_mix_tasks_are_refused():
         ("replay", "mixes rows of earlier tasks among them"),
         ("masked", "sema, masked all decide the task loss"),
         ("ewc", "needs factors that keep their meaning"),
+        ("lwf", "keeps a replica of the model, and the blocks of sema cannot be kept twice"),
+        ("featkd", "use a strategy without a teacher or an average"),
     ):
         assert any(words in p for p in combination_problems(sema, [pr.method(name)])), name
 

@@ -30,6 +30,7 @@ def _problems(method: Method, strategies: Sequence[Strategy]) -> Iterator[str]:
     yield from _one_of([s.name for s in strategies if s.replay() is not None], "the stored samples")
     yield from _one_of([e.name for e in entries if _shows(e)], "what is evaluated")
     yield from _meaning(method, strategies)
+    yield from _copies(method, strategies)
     yield from (f"{method.name}: {reason}" for reason in method.unfit(strategies))
     for strategy in strategies:
         others = [other for other in strategies if other is not strategy]
@@ -56,4 +57,18 @@ def _meaning(method: Method, strategies: Sequence[Strategy]) -> Iterator[str]:
             yield (
                 f"{strategy.name}: needs factors that keep their meaning from task to task, but "
                 f"{', and '.join(changing)}; drop one of them"
+            )
+
+
+def _copies(method: Method, strategies: Sequence[Strategy]) -> Iterator[str]:
+    """Yield which strategies keep a second model, where blocks cannot be kept twice."""
+    if type(method).sub_block is Method.sub_block:
+        return
+    for strategy in strategies:
+        boundary = strategy.boundary()
+        shows = boundary is not None and boundary.replicates
+        if shows or any(loss.teacher != "base" for loss in strategy.losses()):
+            yield (
+                f"{strategy.name}: keeps a replica of the model, and the blocks of {method.name} "
+                "cannot be kept twice; use a strategy without a teacher or an average"
             )
