@@ -23,6 +23,7 @@ NAMES = [
     "mixlora",
     "mora",
     "olora",
+    "sema",
     "osf",
     "smora",
     "sora",
