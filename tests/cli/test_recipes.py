@@ -23,8 +23,8 @@ NAMES = [
     "mixlora",
     "mora",
     "olora",
-    "sema",
     "osf",
+    "sema",
     "smora",
     "sora",
 ]
