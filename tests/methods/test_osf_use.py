@@ -260,6 +260,33 @@ def test_pictures_tell_what_is_retained_and_how_far_it_is_protected(bench):
                  reason="fp32 decompositions on both sides")  # fmt: skip
 
 
+def test_nested_what_was_protected_once_stays_so(bench):
+    work = begun(bench, dtype=torch.float64, schedule="rising", rise=0.19, nested=True)
+    held, learnt = [], []
+    for task in range(4):
+        if task:
+            work.begin(task)
+        held.append([
+            (v.core.high_u.clone(), v.core.high_v.clone(), v.weight()) for v in work.adapter.layers
+        ])  # fmt: skip
+        work.steps(count=3)
+        learnt.append([layer.delta() for layer in work.adapter.layers])
+        rows, before = work.rows(), work.logits(work.rows())
+        work.end()
+        assert_close(work.logits(rows), before, dtype=torch.float32)
+        for number, layer in enumerate(work.adapter.layers):
+            core, W = layer.core, layer.weight()
+            assert_close(core.high_u.mT @ core.high_u, torch.eye(core.split.k), dtype=torch.float32)
+            for U, V, was in (old[number] for old in held):
+                # What the weight did there it does after every later task.
+                assert_close(U.mT @ W, U.mT @ was, dtype=torch.float32)
+                assert_close(W @ V.mT, was @ V.mT, dtype=torch.float32)
+            u = torch.linalg.svd(learnt[0][number])[0][:, :1]
+            assert float((core.high_u.mT @ u).norm()) > 1 - 1e-6
+    assert ranks_of(work) == {"first": 1, "second": 1}
+    assert work.memory("osf")["retained"][-1] == {"first": 4, "second": 7}
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -283,6 +310,7 @@ def test_pictures_tell_what_is_retained_and_how_far_it_is_protected(bench):
         ({"mrr": -0.1}, "mrr: got -0.1"),
         ({"rows": 0}, "rows: got 0"),
         ({"rise": 0.0}, "rise: got 0.0"),
+        ({"nested": True, "parametrisation": "core"}, "nested: got true with 'core'"),
         ({"scaling": 2.0}, "scaling: got 2.0"),
         ({"dropout": 0.1}, "dropout: got 0.1"),
         ({"precision": "bf16"}, "precision: got 'bf16'"),

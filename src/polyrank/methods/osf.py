@@ -65,6 +65,7 @@ class OSF(Method):
         reach: of "core", "range" or "all".
         precision: of the projections, "fp32" or "tf32".
         reproject: whether parameters are projected after each step.
+        nested: whether what was protected once stays so, and directions of the update join it.
         released: "rising" counts the larger width, as released.
         lossy: whether a base below fp32 may round a part of every update away.
         archive: whether a saved adapter fits the original base too.
@@ -84,6 +85,7 @@ class OSF(Method):
     reach: str = "range"
     precision: str = "fp32"
     reproject: bool = True
+    nested: bool = False
     released: bool = False
     lossy: bool = False
     archive: bool = True
@@ -116,6 +118,8 @@ class OSF(Method):
             yield f"trr: got {self.trr} with mrr={self.mrr}, expected mrr <= trr <= 1"
         if not self.rise > 0:
             yield f"rise: got {self.rise}, expected > 0; 0.07 is what ran on T5"
+        if self.nested and self.parametrisation != "factors":
+            yield f"nested: got true with {self.parametrisation!r}, expected 'factors'; drop one"
         for name, only in (("scaling", 1.0), ("dropout", 0.0)):
             if (got := getattr(self, name)) != only:
                 yield f"{name}: got {got!r}, expected {only}; the factors are parts of the weight"
@@ -136,7 +140,7 @@ class OSF(Method):
 
     def core(self, site: Site) -> Core:
         """Return S_l, R or what reads D."""
-        return core_of(self.parametrisation, site, self.reach)
+        return core_of(self.parametrisation, site, self.reach, both=self.nested)
 
     def init(self) -> Init:
         """Start from the weight."""
@@ -151,7 +155,7 @@ class OSF(Method):
         """Absorb and split anew."""
         return Resplit(
             self.name, self.retention(), rows=self.rows, unsure=self.unsure, lossy=self.lossy,
-            archive=self.archive,
+            archive=self.archive, nested=self.nested,
         )  # fmt: skip
 
     def parameters_per_site(self, site: Site) -> int:

@@ -16,7 +16,7 @@ from polyrank.frame import Boundary, Figure, Layer, Site, Workshop
 from polyrank.layers.views import View
 from polyrank.parts.decompose import leading
 from polyrank.parts.settle import narrow
-from polyrank.parts.subspaces import Inner, Protecting
+from polyrank.parts.subspaces import Inner, Protecting, Tail, nest
 
 SCHEDULES = ("fixed", "progressive", "rising", "adaptive")
 UNSURE = ("refuse", "uniform")
@@ -185,6 +185,8 @@ class Resplit(Boundary):
             task: "uniform".
         lossy: whether a base below fp32 may round a part of the update away.
         archive: whether what the base has got is kept with the adapter too.
+        nested: whether what was protected once stays so, and the leading directions of the update
+            join it, in place of the largest singular triplets of the weight as it is now.
     """
 
     persistent = False
@@ -198,7 +200,9 @@ class Resplit(Boundary):
         unsure: str,
         lossy: bool,
         archive: bool,
+        nested: bool,
     ) -> None:
+        self.nested = nested
         self.name, self.retention, self.rows, self.unsure = name, retention, rows, unsure
         self.lossy, self.archive = lossy, archive
 
@@ -246,9 +250,13 @@ class Resplit(Boundary):
         ranks = {}
         for site in (layer.site for layer in layers):
             k = self.retention.rank(site, number + 1, ratios.get(site.path))
-            ranks[site.path] = min(site.d_in, site.d_out) - k
+            free = min(site.d_in, site.d_out) - k
+            ranks[site.path] = min(free, site.r) if self.nested else free
+        protected = _protected(workshop, ranks) if self.nested else {}
         archive = "folded" if self.archive else False
         workshop.absorb(lossy=self.lossy, archive=archive, ranks=ranks)
+        for layer in workshop.adapter.layers if self.nested else ():
+            nest(layer, *protected[layer.site.path])
         shares = [_shares(workshop.adapter.layers, held) for held in memory["directions"]]
         memory.setdefault("protected", []).append(shares)
 
@@ -302,6 +310,24 @@ class Resplit(Boundary):
                 )
             )
         return found
+
+
+def _protected(workshop: Workshop, ranks: Mapping[str, int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return by layer what was protected, and as many directions of the update as join it."""
+    found = {}
+    for layer in workshop.adapter.layers:
+        core, path = cast("Tail", layer.core), layer.site.path
+        assert core.high_u is not None
+        assert core.high_v is not None
+        more = layer.site.r - ranks[path]
+        U, V = core.high_u.detach(), core.high_v.detach()
+        if more:
+            rng = workshop.rng(f"nested/{path}")
+            delta = cast("View", layer).delta()
+            u, _, v = leading(delta, more, rng, width=2 * more)
+            U, V = torch.cat([U, u.to(U)], 1), torch.cat([V, v.to(V)])
+        found[path] = U, V
+    return found
 
 
 def _directions(workshop: Workshop) -> dict[str, dict[str, Tensor]]:

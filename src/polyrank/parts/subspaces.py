@@ -139,8 +139,8 @@ class Tail(Protecting):
     gates = frozenset({"weight"})
     axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"weight": ("rank",)}
 
-    def __init__(self, split: Split) -> None:
-        super().__init__(split)
+    def __init__(self, split: Split, *, both: bool = False) -> None:
+        super().__init__(split, both=both)
         self.widths = (split.r, split.r)
         self.weight = nn.Parameter(torch.empty(split.r))
 
@@ -220,12 +220,19 @@ class Whole(Protecting):
         return torch.eye(self.bank + self.widths[0])
 
 
-def core_of(parametrisation: str, site: Site, reach: str) -> Core:
-    """Return the core of one of `TRAINED`; of an inner one by how far it reaches."""
+def core_of(parametrisation: str, site: Site, reach: str, *, both: bool = False) -> Core:
+    """Return the core of one of `TRAINED`.
+
+    Args:
+        parametrisation: which one.
+        site: where it sits.
+        reach: of an inner one.
+        both: whether a tail keeps what is protected on both sides, though it could do without.
+    """
     split = Split.of(site)
     if parametrisation == "core":
         return Inner(*split.inner(reach))
-    return Tail(split) if parametrisation == "factors" else Whole(split)
+    return Tail(split, both=both) if parametrisation == "factors" else Whole(split)
 
 
 def trained_of(parametrisation: str, site: Site, reach: str) -> int:
@@ -302,12 +309,39 @@ class SpectralStart(Init):
             layer.B.copy_(_completed(U, k, rows))
             core.fill(rng)
             return
-        layer.A.copy_(V[k:])
-        layer.B.copy_(U[:, k:])
-        tail = cast("Tail", core).weight
-        tail.copy_(S[k:])
-        # What was written, so that a rounded factor is subtracted as it was rounded.
-        layer.shadow = (layer.A, layer.B, tail)
+        _write_tail(layer, U[:, k:], S[k:], V[k:])
+
+
+def _write_tail(layer: Layer, U: Tensor, S: Tensor, V: Tensor) -> None:
+    """Let a tail begin as these r triplets."""
+    core = cast("Tail", layer.core)
+    layer.A.copy_(V)
+    layer.B.copy_(U)
+    core.weight.copy_(S)
+    # What was written, so that a rounded factor is subtracted as it was rounded.
+    layer.shadow = (layer.A, layer.B, core.weight)
+
+
+@torch.no_grad()
+def nest(layer: Layer, U: Tensor, V: Tensor) -> None:
+    """Protect other directions than the leading ones of the weight, which has just been split.
+
+    The tail is what the weight does off them, (I − U Uᵀ) W (I − Vᵀ V), in its r largest triplets.
+
+    Args:
+        layer: with a `Tail` that keeps both sides.
+        U: (o, k), its columns independent; they are made orthonormal.
+        V: (k, i), its rows likewise.
+    """
+    core, W = cast("Tail", layer.core), layer.weight().double()
+    with exact(W.device.type):
+        U, V = torch.linalg.qr(U.double())[0], torch.linalg.qr(V.double().mT)[0].mT
+        rest = W - U @ (U.mT @ W)
+        rest = rest - (rest @ V.mT) @ V
+        L, S, R = decompose(rest)
+    r = core.split.r
+    core.protect(U, V)
+    _write_tail(layer, L[:, :r], S[:r], R[:r])
 
 
 def _completed(U: Tensor, k: int, count: int) -> Tensor:
