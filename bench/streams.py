@@ -55,6 +55,11 @@ ENTRIES: list[tuple[str, str, dict, list[tuple[str, dict]]]] = [
     ("osf-progressive", "osf", {"schedule": "progressive"}, []),
     ("osf-core", "osf", {"parametrisation": "core"}, []),
 ]
+# Weights that begin with values of their own move too far at the rate of factors that begin at 0.
+RATES = {
+    "digits": {"full": 1e-3, "osf": 1e-3, "osf-core": 1e-3},
+    "stdlib": {"full": 3e-4, "osf": 3e-4, "osf-progressive": 3e-4, "osf-core": 3e-4},
+}
 # Ranks and training of each stream.
 TRAIN = {
     "digits": (8, {"epochs": 15, "lr": 3e-3}),
@@ -87,7 +92,7 @@ def main() -> None:
                 pr.method(method, r=rank, **options),
                 strategies=[pr.method(word, **values) for word, values in strategies],
                 references=["joint", "probe"] if name == "sequential" else [],
-                train=train,
+                train={**train, "lr": RATES.get(given.stream, {}).get(name, train["lr"])},
                 seed=seed,
                 out=given.out / f"{name}-{seed}",
                 progress=False,

@@ -10,6 +10,7 @@ import polyrank as pr
 from polyrank.frame import Step, keyed
 from polyrank.layers import adapter_of
 from polyrank.layers.views import wide
+from polyrank.parts import projection
 from polyrank.parts.projection import Project
 from polyrank.parts.subspaces import decompose
 from polyrank.testing import assert_close
@@ -352,6 +353,24 @@ def test_osf_12_what_is_frozen_keeps_its_bits(bench):
     for name, param in work.model.named_parameters():
         if name in before:
             assert torch.equal(param, before[name]), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_products_are_as_exact_as_asked_for_and_the_switch_is_put_back(precision, monkeypatch):
+    place, word = torch.backends.cuda.matmul, "fp32_precision"
+    if not hasattr(place, word):
+        pytest.skip("torch before 2.9 has another switch")
+    seen, before = [], getattr(place, word)
+    real = projection.wide
+    monkeypatch.setattr(
+        projection, "wide", lambda t: (seen.append(getattr(place, word)), real(t))[1]
+    )
+    model = start(precision=precision)
+    seen.clear()
+    train(model, (12, 12), steps=2)
+    # Bases are widened once when rules are bound, outside.
+    assert {word for word in seen if word != before} == {{"fp32": "ieee"}.get(precision, precision)}
+    assert getattr(place, word) == before
 
 
 def test_small_matrices_together_equal_each_alone(bench, monkeypatch):

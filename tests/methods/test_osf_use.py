@@ -364,6 +364,14 @@ def test_a_base_below_fp32_is_refused_before_it_is_trained(bench):
     assert not any(map(torch.equal, before, weights_of(work)))
 
 
+def test_a_second_adapter_on_the_same_weights_is_refused(bench):
+    work = bench("osf", heads=False)
+    config = copy.deepcopy(work.model.peft_config["default"])
+    work.model.add_adapter("other", config)
+    with pytest.raises(ConfigError, match="adapter 'other' has split the weight at first too"):
+        work.method.boundary().start(None, work, {})
+
+
 def test_frozen_as_a_whole_or_past_the_last_task_nothing_is_trained(bench):
     with pytest.raises(ConfigError, match="all 2 layers are frozen as a whole in task 1"):
         begun(bench, effective_rank=1.0)

@@ -17,10 +17,11 @@ Differs from the released code: k is a layer's own; parameters are projected too
     ‖ΔW‖ leaks in 20 steps of AdamW (`reproject=False`, PEFT); clipping sees what is applied; no
     hooks, which copies lose. In the research code factors get no gradient: its accuracies are no
     target. Its "rising" counts the larger width (`released=True`).
-Limits: nothing makes what a task learnt large enough for the next k (pictures protected-*). Decay
-    shrinks the pretrained tail. Dense fp32 bases, or `lossy`. Cost: r (d_in + d_out + 1) weights
-    and as many kept; 4 r (d_in + d_out) operations a token; 4 k r (d_in + d_out) for each of two
-    projections an update; a decomposition a layer and task; archived, at most m (d_in + d_out).
+Limits: nothing makes what a task learnt large enough for the next k (pictures protected-*), unless
+    `nested`. Decay shrinks the pretrained tail. Dense fp32 bases, or `lossy`. In one's own loop
+    `layers.absorb(model, archive="folded", ranks=...)` ends a task. Cost: r (d_in + d_out + 1)
+    weights and as many kept; 4 r (d_in + d_out) operations a token; 4 k r (d_in + d_out) for each
+    of two projections an update; a decomposition a layer and task; archived m (d_in + d_out).
 Status: every property tested; published figures not verified; on digits (seed 0, one CPU core) it
     forgets .08 among a task's own classes at rate 1e-3 and .23 at 3e-3, `full` .14 and .40, LoRA of
     rank 8 .45 at 3e-3; where classes compete all forget .93 to .97. Of what a task learnt, 71 to

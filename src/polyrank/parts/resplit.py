@@ -211,9 +211,18 @@ class Resplit(Boundary):
 
         Raises:
             MergeError: if the base is stored below fp32, and no loss was allowed.
-            ConfigError: if nothing is free, or more tasks come than were told.
+            ConfigError: if nothing is free, more tasks come than were told, or another adapter has
+                split the same weights.
         """
         layers = workshop.adapter.layers
+        for view in (cast("View", layer) for layer in layers):
+            for name, other in view.module.views.items():
+                if name != view.name and isinstance(other.core, (Protecting, Inner)):
+                    raise ConfigError(
+                        f"{self.name}: adapter {name!r} has split the weight at {view.site.path} "
+                        "too, and what one of them learns moves what the other protects; delete "
+                        "one with delete_adapter"
+                    )
         if narrow(workshop.adapter) and not self.lossy:
             raise MergeError(
                 f"{self.name}: adds updates to base weights, and some are stored below fp32, where "

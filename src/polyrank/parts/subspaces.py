@@ -289,7 +289,8 @@ class SpectralStart(Init):
             ConfigError: if the weight is not finite.
         """
         assert stat is not None
-        W = stat["weight"].to(layer.A.device)
+        # Where the base lies, which the adapter may join only after this.
+        W = stat["weight"]
         if not bool(W.isfinite().all()):
             raise ConfigError(
                 f"base weight at {layer.site.path}: is not finite, and has no singular values; "
