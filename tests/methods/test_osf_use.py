@@ -282,6 +282,20 @@ def test_nested_what_was_protected_once_stays_so(bench):
     assert work.memory("osf")["retained"][-1] == {"first": 4, "second": 7}
 
 
+def test_nested_without_more_to_retain_the_same_directions_stay(bench):
+    work = begun(bench, dtype=torch.float64, nested=True)
+    first = [(v.core.high_u.clone(), v.core.high_v.clone()) for v in work.adapter.layers]
+    for task in range(2):
+        if task:
+            work.begin(task)
+        work.steps(count=8, lr=0.3)
+        work.end()
+    for layer, (U, V) in zip(work.adapter.layers, first, strict=True):
+        core, same = layer.core, torch.eye(layer.core.split.k)
+        assert_close((core.high_u.mT @ U).abs(), same, dtype=torch.float32)
+        assert_close((core.high_v @ V.mT).abs(), same, dtype=torch.float32)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 

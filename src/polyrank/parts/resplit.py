@@ -329,7 +329,8 @@ def _protected(workshop: Workshop, ranks: Mapping[str, int]) -> dict[str, tuple[
         assert core.high_u is not None
         assert core.high_v is not None
         more = layer.site.r - ranks[path]
-        U, V = core.high_u.detach(), core.high_v.detach()
+        # Copies: the weight's own split is written over them first.
+        U, V = core.high_u.detach().clone(), core.high_v.detach().clone()
         if more:
             rng = workshop.rng(f"nested/{path}")
             delta = cast("View", layer).delta()
