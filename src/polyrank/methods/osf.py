@@ -28,6 +28,8 @@ Status: every property tested; published figures not verified; on digits (bench/
     ("core" .79 and .23), .91 and .05, .67 and .40, .65 and .45. Where classes compete all forget
     .93 to .97. The base's own classes fall from .88 to .80, .59, .25 and .66. "adaptive" finds a
     mean importance near 0 there, so that layers are frozen whole or not at all, or it refuses.
+    On stdlib (rate 3e-4) .82 and .07, `full` .78 and .08. Of what a task learnt, the next splits
+    protect 71 to 91 % on digits, but 17 to 36 % on stdlib: less than of a random direction, half.
 """
 
 from __future__ import annotations
