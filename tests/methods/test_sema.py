@@ -360,6 +360,34 @@ def test_the_rows_that_it_was_trained_on_are_usual():
     assert max(again) < 1
 
 
+def test_a_trained_descriptor_finds_its_own_rows_usual_and_others_not():
+    block = Expandable(SITE, r=R, q=Q, window=500, scale=1.0, growing=True)
+    mix = torch.randn(D, D, generator=keyed("mix"))
+    rows = torch.randn(640, 1, D, generator=keyed("own")) @ mix / D**0.5
+    optimizer = torch.optim.SGD(block.descriptor.parameters(), lr=0.03, momentum=0.9)
+    block.train()
+    block.describing = block.recording = True
+    for epoch in range(6):
+        order = torch.randperm(640, generator=keyed("order", epoch))
+        for index in order.split(32):
+            run(block, rows[index])
+            optimizer.zero_grad()
+            block.left.pop("newest").mean().backward()
+            optimizer.step()
+            block.window.push(block.pending.pop()[:, None])
+    block.freeze()
+    block.eval().watched = True
+
+    def score(batch):
+        run(block, batch)
+        return block.score(block.left.pop("errors"))
+
+    usual = [score(batch) for batch in rows.split(128)]
+    # Errors are squares, whose spread is wider than a normal's: below its 0.80.
+    assert 0.5 < min(usual) <= max(usual) < 1
+    assert score(rows[:128] * 3) > 2
+
+
 # --- the loss of the task ------------------------------------------------------------------------
 
 
