@@ -19,7 +19,7 @@ TOYS = Path(__file__).parents[1] / "contracts" / "toys"
 @pytest.fixture(scope="module", autouse=True)
 def _toys():
     names = [path.stem for path in sorted(TOYS.glob("*.py")) if load_file(path)]
-    assert names == ["scaled", "shadowed", "sided"]
+    assert names == ["growing", "scaled", "shadowed", "sided"]
     yield
     for name in names:
         del registry._found[name]
