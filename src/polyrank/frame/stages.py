@@ -24,9 +24,9 @@ class Phase:
     and strategies have; `groups` hold exactly what trains, None leaves them to the method. `span` =
     (first, total) places the phase in a learning-rate schedule shared by several phases; `carry`
     maps the old optimiser state to the new one; `keep` is "last" or "best" (the best snapshot is
-    put back at the end). `place` = (number, of) says which of several phases of the task it is, from 1, for progress; of
-    is 0 where nobody knows yet. A phase that is trained again in a task has another name, by which
-    its draws are keyed.
+    put back at the end). `place` = (number, of) says which of several phases of the task it is,
+    from 1, for progress; `of` is 0 where nobody knows yet. A phase that is trained again in a task
+    has another name, by which its draws are keyed.
     """
 
     name: str = "train"

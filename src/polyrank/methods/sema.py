@@ -54,7 +54,8 @@ class SEMA(Method):
         r: width of an adapter.
         q: width of a descriptor.
         scaling: s.
-        start, end: first and last block that may grow, from 0, or from the end if negative.
+        start: first block that may grow, from 0, or from the end if negative.
+        end: the last one.
         tau: threshold on S, > 0; 0.5 to 3, lower ones add more.
         window: M >= 3.
         detect_batch: rows that are looked at together.
@@ -102,8 +103,8 @@ class SEMA(Method):
         "momentum": 0,
     }  # fmt: skip
     presets: ClassVar = {
-        "cifar-100": {"rd_epochs": 20},
-        "imagenet-r": {},
+        "cifar-100": {"tau": 2.0, "rd_epochs": 20},
+        "imagenet-r": {"tau": 2.0},
         "imagenet-a": {"tau": 1.0},
         "vtab": {"tau": 1.0},
     }
