@@ -43,7 +43,7 @@ def losses(model, steps=5, **forward):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(float(loss))
+        found.append(float(loss.detach()))
     attached.detach()
     return found
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from polyrank.frame import Flow
+from polyrank.frame import Core, Flow
 from polyrank.ops.rank_gate import Projection, linears, owned
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 # The last input that was read by a layer for itself, and that layer; both held weakly.
 _LAST: list[weakref.ref[Any]] = []
-# What an adapter may hold beside its factors.
+# What holds an adapter's core and factors, and what else one may have.
+_FACTORS = ("polyrank_core", "polyrank_A", "polyrank_B")
 _HELD = ("polyrank_bank", "polyrank_archive", "polyrank_shadow")
 # Forwards in a row that did not ask for what was computed ahead, before it is no longer computed.
 _PATIENCE = 3
@@ -56,60 +57,83 @@ class Sharing:
         self.__init__()  # type: ignore[misc]
 
 
+class Served(NamedTuple):
+    """The one adapter that acts in a layer, and what the operator reads of both."""
+
+    view: View
+    core: Core
+    W: Tensor
+    b: Tensor | None
+    A: Tensor
+    B: Tensor
+
+
 def through(layer: AdaptedLinear, x: Tensor, flow: Flow) -> Tensor | None:
     """Return the layer's output by the fused road, or None where that is not to be taken."""
     if layer.sharing.ahead is not None and (y := _taken(layer, x)) is not None:
         return y
-    view = _view(layer, x)
-    if view is None:
+    served = _served(layer, x)
+    if served is None:
         return None
-    core = view.core
+    view, core = served.view, served.core
     dropout = view.method.dropout if core.training else 0.0
     alone = bool(dropout) or torch.compiler.is_compiling() or _packed()
-    followers = [] if alone else _ready(layer, x, view)
-    views = [view, *followers]
+    group = [served]
+    if not alone and layer.sharing.followers:
+        group += _ready(layer, x, view)
     mask = flow.tokens(view.site.masks, x.shape[:-1])
     seed = flow.key(view.seed) if dropout else 0
-    outs, counts = linears(x, [_projection(v, flow) for v in views], dropout, seed, mask)
-    for each, found in zip(views, counts, strict=True):
+    outs, counts = linears(x, [_projection(each, flow) for each in group], dropout, seed, mask)
+    for each, found in zip(group, counts, strict=True):
         if found is not None:
             each.core.count(found)
-    for follower, y in zip(followers, outs[1:], strict=True):
-        ahead = Ahead(x, _version(x), torch.is_grad_enabled(), follower, y)
-        follower.module.sharing.ahead = ahead
+    if len(group) > 1:
+        version, learning = _version(x), torch.is_grad_enabled()
+        for follower, y in zip(group[1:], outs[1:], strict=True):
+            ahead = Ahead(x, version, learning, follower.view, y)
+            follower.view.module.sharing.ahead = ahead
     if not alone:
         _observe(layer, view, x)
     return outs[0]
 
 
-def _view(layer: AdaptedLinear, x: Tensor) -> View | None:
+def _served(layer: AdaptedLinear, x: Tensor) -> Served | None:
     """The one adapter that acts here, if the fused road can serve it."""
     # Looked up where modules keep them: their own look-up costs as much as a small kernel's start.
     inside = layer._modules
     base = cast("nn.Module", inside["base_layer"])
     if type(base) is not nn.Linear or layer.merged_adapters or _heard(base):
         return None
-    names = layer.active_adapters
-    view = layer.views.get(names[0]) if len(names) == 1 else None
+    names = layer._active_adapter
+    if not isinstance(names, str):
+        if len(names) != 1:
+            return None
+        names = names[0]
+    view = layer.views.get(names)
     if view is None or view.evaluating:
         return None
-    core = view.core
-    if not owned(x, view.A.shape[0], core.epilogue):
+    held = {name: cast("nn.Module", inside[name])._modules for name in _FACTORS}
+    core = cast("Core", held["polyrank_core"][names])
+    A = cast("nn.Module", held["polyrank_A"][names])._parameters["weight"]
+    B = cast("nn.Module", held["polyrank_B"][names])._parameters["weight"]
+    assert A is not None
+    assert B is not None
+    if core.epilogue == "python" or not owned(x, A.shape[0], core.epilogue):
         return None
     W, b, device = base._parameters["weight"], base._parameters["bias"], x.device
     if type(W) is not nn.Parameter or W.requires_grad or W.dtype != x.dtype or W.device != device:
         return None
     if b is not None and b.requires_grad:
         return None
-    if core.epilogue == "python" or core.portion() is not None or core.base_gain() is not None:
+    if core.portion() is not None or core.base_gain() is not None:
         return None
-    held = any(cast("nn.Module", inside[name])._modules for name in _HELD)
-    if held and (view.bank is not None or view.shadow is not None):
+    more = any(cast("nn.Module", inside[name])._modules for name in _HELD)
+    if more and (view.bank is not None or view.shadow is not None):
         return None
     kind = device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
         return None
-    return view
+    return Served(view, core, W, b, A, B)
 
 
 def _heard(base: nn.Module) -> bool:
@@ -131,11 +155,11 @@ def _packed() -> bool:
     return torch.is_grad_enabled() and (top is None or top(False) is not None)
 
 
-def _projection(view: View, flow: Flow) -> Projection:
-    base, core = cast("nn.Linear", view.module.base_layer), view.core
+def _projection(served: Served, flow: Flow) -> Projection:
+    view, core, W, b, A, B = served
     return Projection(
-        base.weight, base.bias, view.A, core.rows(), view.B, core.fused(), view.scale, 0,
-        view.row_scale, core.counting and flow.live(core.training),
+        W, b, A, core.rows(), B, core.fused(), view.scale, 0, view.row_scale,
+        core.counting and flow.live(core.training),
     )  # fmt: skip
 
 
@@ -157,19 +181,20 @@ def _taken(layer: AdaptedLinear, x: Tensor) -> Tensor | None:
     return ahead.y
 
 
-def _ready(layer: AdaptedLinear, x: Tensor, view: View) -> list[View]:
-    """Views of the siblings to compute along."""
-    found = []
+def _ready(layer: AdaptedLinear, x: Tensor, view: View) -> list[Served]:
+    """The siblings to compute along."""
+    group, masks = [], view.site.masks
     for sibling in list(layer.sharing.followers):
-        other = _view(sibling, x)
+        found = _served(sibling, x)
         if sibling.sharing.ahead is not None:
             sibling.sharing.missed += 1
             sibling.sharing.ahead = None
         if sibling.sharing.missed >= _PATIENCE:
             layer.sharing.followers.remove(sibling)
-        elif other is not None and other.name == view.name and other.site.masks == view.site.masks:
-            found.append(other)
-    return found
+            continue
+        if found and found.view.name == view.name and found.view.site.masks == masks:
+            group.append(found)
+    return group
 
 
 def _observe(layer: AdaptedLinear, view: View, x: Tensor) -> None:

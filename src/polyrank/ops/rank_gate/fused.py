@@ -137,18 +137,16 @@ def _member_gradients(
         return grad, d
     sums = d.new_empty(part.tiles, part.r, dtype=torch.float32) if m.kind == "static" else d
 
-    def pass_through(B: Tensor | At, to: Tensor) -> None:
-        work = part.inner(dy.stride(0), to.stride(0))
-        work(
-            dy, B, d if gate is None else gate, d if bias is None else bias, h, kept, to,
-            to[:, part.r :] if m.linear else to, sums, *work.split(d),
-        )  # fmt: skip
-
-    pass_through(B, d)
-    if row_scale is not None and any(need):
-        # The gradient of x sees dy as it came, those of the parameters see it scaled.
-        d = torch.empty_like(d, memory_format=torch.contiguous_format)
-        pass_through((B.tensor() * row_scale[:, None]).to(B.dtype), d)
+    # The gradient of x sees dy as it came, those of the parameters see it scaled.
+    scaled = row_scale is not None and any(need)
+    own = d.new_empty(d.shape) if scaled else d
+    work = part.inner(dy.stride(0), d.stride(0), scaled)
+    dz = d[:, part.r :] if m.linear else d
+    own_dz = own[:, part.r :] if m.linear and scaled else dz
+    work(
+        dy, B, d if gate is None else gate, d if bias is None else bias, h, kept, d, dz, sums,
+        row_scale if scaled else d, own, own_dz, *work.split(d),
+    )  # fmt: skip
     if to_gate:
         grad[3] = sums.sum(0).to(gate.dtype)
     if to_B:
@@ -160,7 +158,7 @@ def _member_gradients(
             scale = dy if row_scale is None else row_scale
             work(dy, q.after(m.live_from), out, scale, *work.split(d))
         grad[2] = dB
-    return grad, d
+    return grad, own
 
 
 def _key_gradients(

@@ -221,17 +221,20 @@ def write(
 
 @triton.jit
 def inner(
-    dy, B, gate, bias, h, kept, dh, dz, dgate, scratch, locks,
-    T, N, r, sy, sbn, sbr, sd, silent, scale, total, floor, tau, delta, eps,
+    dy, B, gate, bias, h, kept, dh, dz, dgate, row_scale, dh_own, dz_own, scratch, locks,
+    T, N, r, sy, sbn, sbr, sd, sd_own, silent, scale, total, floor, tau, delta, eps,
     R: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, IN_WEIGHT: tl.constexpr,
-    CUT: tl.constexpr, OFF: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+    CUT: tl.constexpr, OFF: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One read of dy (T, N): u = scale · dy B, and through the gates dh, dz, parts of dgate."""
+    """One read of dy (T, N): u = scale · dy B, and through the gates dh, dz, parts of dgate.
+
+    With SCALED also dh_own and dz_own, of row_scale ⊙ dy, and dgate is of that.
+    """
     tile, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
     t, cols = _rows(tile, BM, T), tl.arange(0, R)
     heard = (cols >= silent) & (cols < r)
-    u = tl.zeros((BM, R), tl.float32)
+    u, own_u = tl.zeros((BM, R), tl.float32), tl.zeros((BM, R), tl.float32)
     share = tl.cdiv(tl.cdiv(N, BK), SPLIT)
     for step in range(part * share, tl.minimum((part + 1) * share, tl.cdiv(N, BK))):
         n = step * BK + tl.arange(0, BK)
@@ -240,35 +243,61 @@ def inner(
         at = B + n[:, None] * sbn + (cols - silent)[None, :] * sbr
         tile_B = tl.load(at, mask=ok[:, None] & heard[None, :], other=0.0)
         u = tl.dot(tile_y, tile_B.to(tile_y.dtype), u, input_precision=PRECISION)
+        if SCALED:
+            factor = tl.load(row_scale + n, mask=ok, other=0.0).to(tl.float32)
+            tile_B = (tile_B.to(tl.float32) * factor[:, None]).to(tile_y.dtype)
+            own_u = tl.dot(tile_y, tile_B, own_u, input_precision=PRECISION)
     ends = True
     if SPLIT > 1:
-        here = scratch + tile * SPLIT * BM * R
+        wide: tl.constexpr = BM * R * (2 if SCALED else 1)
+        here = scratch + tile * SPLIT * wide
         place = tl.arange(0, BM)[:, None] * R + cols[None, :]
-        tl.store(here + part * BM * R + place, u)
+        tl.store(here + part * wide + place, u)
+        if SCALED:
+            tl.store(here + part * wide + BM * R + place, own_u)
         ends = _last(locks, tile, SPLIT)
         if ends:
-            u = _summed(here, place, BM * R, u, SPLIT)
+            u = _summed(here, place, wide, u, SPLIT)
+            if SCALED:
+                own_u = _summed(here + BM * R, place, wide, own_u, SPLIT)
     if ends:
         u = tl.where(heard[None, :], u * scale, 0.0)
-        own_t = tile * BM + tl.arange(0, BM)
-        own = (own_t < T)[:, None] & (cols < r)[None, :]
-        to = own_t.to(tl.int64)[:, None]
-        live = (own_t >= 0)[:, None] & (cols < r)[None, :]
-        h_own = tl.load(h + t[:, None] * r + cols[None, :], mask=live, other=0.0).to(tl.float32)
-        keep = u
-        if KIND != "none" and KIND != "static":
-            keep = tl.load(kept + t[:, None] * r + cols[None, :], mask=live, other=OFF)
-        value = _per_rank(gate, cols, r, KIND == "static")
-        b = _per_rank(bias, cols, r, BIAS)
-        _, d_h, d_z = gates.backward(
-            u, h_own, keep, value, b, total, floor, tau, delta, eps, KIND, IN_WEIGHT, CUT
-        )
-        tl.store(dh + to * sd + cols[None, :], d_h.to(dh.dtype.element_ty), mask=own)
-        if KIND == "sigmoid" or KIND == "softmax":
-            tl.store(dz + to * sd + cols[None, :], d_z.to(dz.dtype.element_ty), mask=own)
-        if KIND == "static":
-            share_g = tl.sum(tl.where(own, u * h_own, 0.0), axis=0)
-            tl.store(dgate + tile * r + cols, share_g, mask=cols < r)
+        _passed(u, tile, t, cols, gate, bias, h, kept, dh, dz, dgate, T, r, sd, total, floor, tau,
+                delta, eps, R, KIND, BIAS, IN_WEIGHT, CUT, OFF, BM)  # fmt: skip
+        if SCALED:
+            u = tl.where(heard[None, :], own_u * scale, 0.0)
+            _passed(u, tile, t, cols, gate, bias, h, kept, dh_own, dz_own, dgate, T, r, sd_own,
+                    total, floor, tau, delta, eps, R, KIND, BIAS, IN_WEIGHT, CUT, OFF,
+                    BM)  # fmt: skip
+
+
+@triton.jit
+def _passed(
+    u, tile, t, cols, gate, bias, h, kept, dh, dz, dgate,
+    T, r, sd, total, floor, tau, delta, eps,
+    R: tl.constexpr, KIND: tl.constexpr, BIAS: tl.constexpr, IN_WEIGHT: tl.constexpr,
+    CUT: tl.constexpr, OFF: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Epilogue of `inner` on an fp32 tile u (BM, R)."""
+    own_t = tile * BM + tl.arange(0, BM)
+    own = (own_t < T)[:, None] & (cols < r)[None, :]
+    to = own_t.to(tl.int64)[:, None]
+    live = (own_t >= 0)[:, None] & (cols < r)[None, :]
+    h_own = tl.load(h + t[:, None] * r + cols[None, :], mask=live, other=0.0).to(tl.float32)
+    keep = u
+    if KIND != "none" and KIND != "static":
+        keep = tl.load(kept + t[:, None] * r + cols[None, :], mask=live, other=OFF)
+    value = _per_rank(gate, cols, r, KIND == "static")
+    b = _per_rank(bias, cols, r, BIAS)
+    _, d_h, d_z = gates.backward(
+        u, h_own, keep, value, b, total, floor, tau, delta, eps, KIND, IN_WEIGHT, CUT
+    )
+    tl.store(dh + to * sd + cols[None, :], d_h.to(dh.dtype.element_ty), mask=own)
+    if KIND == "sigmoid" or KIND == "softmax":
+        tl.store(dz + to * sd + cols[None, :], d_z.to(dz.dtype.element_ty), mask=own)
+    if KIND == "static":
+        share_g = tl.sum(tl.where(own, u * h_own, 0.0), axis=0)
+        tl.store(dgate + tile * r + cols, share_g, mask=cols < r)
 
 
 @triton.jit(do_not_specialize=["seed"])

@@ -8,6 +8,7 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from polyrank.ops.rank_gate import kernels, tiles
@@ -19,6 +20,8 @@ _LOCKS: dict[tuple[int, int], Tensor] = {}
 _LOCK_WORDS = 1 << 16
 # fp32 memory for parts of sums, likewise of a stream; the last is the largest.
 _SCRATCH: dict[tuple[int, int], list[Tensor]] = {}
+# Of Triton; what stands inside of its launchers differs between them.
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # Set by a kernel that met logits that are not finite; in memory that the host reads.
 _FLAGS: dict[int, tuple[Tensor, Any]] = {}
 
@@ -126,12 +129,11 @@ class Launch:
             tail = (*self.numbers, number, *self.constants)
         found = self.ready.get(key)
         if found is None:
-            made = self._ordinary(tensors, seed)
-            self.ready[key] = (made.run, made.function, made.packed_metadata)
+            self.ready[key] = _starter(self._ordinary(tensors, seed))
             return
-        run, function, packed = found
+        run, function, more = found
         stream = torch._C._cuda_getCurrentRawStream(device)
-        run(*self.grid, stream, function, packed, None, None, None, *places, *tail)
+        run(*self.grid, stream, function, *more, None, None, None, *places, *tail)
 
     def _ordinary(self, given: tuple[Tensor | At, ...], seed: int | Tensor | None) -> Any:
         tensors = [t.tensor() if isinstance(t, At) else t for t in given]
@@ -144,6 +146,17 @@ class Launch:
     def split(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Memory for parts of the sum, and locks; any tensor where nothing is split."""
         return (scratch(like.device, self.room), locks(like.device)) if self.room else (like, like)
+
+
+def _starter(made: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+    """What starts a compiled kernel: a function, the kernel, and what stands before hooks."""
+    run = made.run
+    known = getattr(run, "launch_pdl", None) is not None and hasattr(run, "launch")
+    if known and _VERSION == (3, 6) and not (run.global_scratch_size or run.profile_scratch_size):
+        # The launcher itself, without Python that looks for memory which this kernel does not need.
+        cooperative, pdl = run.launch_cooperative_grid, run.launch_pdl
+        return run.launch, made.function, (cooperative, pdl, None, None, made.packed_metadata)
+    return run, made.function, (made.packed_metadata,)
 
 
 def _place(device: torch.device) -> tuple[int, int]:
@@ -189,7 +202,8 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _parts(n: int, size: int) -> int:
+def parts_of(n: int, size: int) -> int:
+    """How many pieces of a size cover n."""
     return -(-n // size)
 
 
@@ -200,8 +214,8 @@ def _seed(dropout: float) -> tuple[int, ...]:
 def pack(m: Member, d: int, n: int, r: int, r_B: int, strides: tuple[int, int, int]) -> Launch:
     """Casts [A; rows] and B; strides of A, rows, B. Takes A, rows, B, AW, B', counts."""
     BD = 1024
-    across = _parts(d, BD)
-    grid = (m.ranks(r) + _parts(n * r_B, BD * across), across, 1)
+    across = parts_of(d, BD)
+    grid = (m.ranks(r) + parts_of(n * r_B, BD * across), across, 1)
     numbers = (r, r // m.block, d, n, r_B, *strides, r if m.counts else 0)
     return Launch(kernels.pack, grid, numbers, (m.block, m.linear, BD), 4, 2)
 
@@ -217,7 +231,7 @@ def read(
     R = tiles.padded(r)
     columns = R * (2 if m.linear else 1)
     tile = tiles.read(T, d, columns, dtype.itemsize)
-    parts = _parts(T, tile.rows)
+    parts = parts_of(T, tile.rows)
     numbers = (T, d, r, *strides, m.total, m.floor, m.tau, m.delta, m.eps, dropout,
                1 / (1 - dropout), *_seed(dropout))  # fmt: skip
     constants = (
@@ -242,36 +256,36 @@ def write(
     bm, bn, bk, warps, stages = tiles.write(T, N, K, dtype.itemsize)
     constants = (add, bias, dropout > 0, seeded, K % bk == 0, precision(dtype), bm, bn, bk)
     numbers = (T, N, K, *strides, scale, dropout, *_seed(dropout))
-    grid = (_parts(T, bm) * _parts(N, bn), 1, 1)
+    grid = (parts_of(T, bm) * parts_of(N, bn), 1, 1)
     return Launch(kernels.write, grid, numbers, constants, warps, stages)
 
 
 def inner(
     m: Member, T: int, N: int, r: int, strides: tuple[int, ...], silent: int, dtype: torch.dtype,
-    *, bias: bool,
+    *, bias: bool, scaled: bool,
 ) -> Launch:  # fmt: skip
-    """One read of dy (T, N); strides of dy, B (two), d.
+    """One read of dy (T, N); strides of dy, B (two), d and, if scaled, a d of its own.
 
-    Takes dy, B, gate, bias, h, kept, dh, dz, dgate, scratch, locks; dgate has a row for each of
-    `token_tiles`.
+    Takes dy, B, gate, bias, h, kept, dh, dz, dgate, row_scale, dh and dz of their own, scratch,
+    locks; dgate has a row for each of `token_tiles`.
     """
     R = tiles.padded(r)
     tile = tiles.read(T, N, R, dtype.itemsize)
-    parts = _parts(T, tile.rows)
+    parts = parts_of(T, tile.rows)
     numbers = (T, N, r, *strides, silent, m.scale, m.total, m.floor, m.tau, m.delta, m.eps)
     constants = (
         R, m.kind, bias, m.in_weight and bias, m.delta > 0,
-        0.0 if m.kind == "self" else float("-inf"), N % tile.depth == 0, precision(dtype),
+        0.0 if m.kind == "self" else float("-inf"), scaled, N % tile.depth == 0, precision(dtype),
         tile.rows, tile.depth, tile.split,
     )  # fmt: skip
-    room = parts * tile.split * tile.rows * R if tile.split > 1 else 0
+    room = parts * tile.split * tile.rows * R * (1 + scaled) if tile.split > 1 else 0
     grid = (parts * tile.split, 1, 1)
     return Launch(kernels.inner, grid, numbers, constants, tile.warps, tile.stages, room)
 
 
 def token_tiles(T: int, N: int, r: int, itemsize: int) -> int:
     """Tiles of tokens that `inner` works on."""
-    return _parts(T, tiles.read(T, N, tiles.padded(r), itemsize).rows)
+    return parts_of(T, tiles.read(T, N, tiles.padded(r), itemsize).rows)
 
 
 def outer(
@@ -283,7 +297,7 @@ def outer(
     Strides of left, right, out (two). Takes left, right, out, row_scale, scratch, locks.
     """
     bn, bk, bt, split, warps, stages = tiles.outer(T, N, K, dtype.itemsize)
-    parts = _parts(N, bn) * _parts(K, bk)
+    parts = parts_of(N, bn) * parts_of(K, bk)
     constants = (scaled, dropout > 0, seeded, precision(dtype), bn, bk, bt, split)
     numbers = (T, N, K, *strides, scale, dropout, *_seed(dropout))
     room = parts * split * bn * bk if split > 1 else 0

@@ -80,7 +80,7 @@ class Part:
         self.rows_dtype = None if rows is None else rows.dtype
         self.tiles = launch.token_tiles(plan.T, self.n, self.r, plan.dtype.itemsize)
         self._lay_out()
-        self._inner: dict[tuple[int, int], Launch] = {}
+        self._inner: dict[tuple[int, int, bool], Launch] = {}
         self._values: dict[tuple[int, bool], Launch] = {}
         self._forward(base, bias, unit(A), A if rows is None else unit(rows), unit(B))
 
@@ -125,14 +125,15 @@ class Part:
             add=not call.owned, bias=call.owned and bias is not None,
         )  # fmt: skip
 
-    def inner(self, sy: int, sd: int) -> Launch:
+    def inner(self, sy: int, sd: int, scaled: bool) -> Launch:
         """The pass over dy with rows sy apart, into d with rows sd apart."""
-        found = self._inner.get((sy, sd))
+        found = self._inner.get((sy, sd, scaled))
         if found is None:
             plan = self.plan
-            found = self._inner[sy, sd] = launch.inner(
-                self.m, plan.T, self.n, self.r, (sy, self.r_B, 1, sd), self.silent, plan.dtype,
-                bias=self.biased,
+            strides = (sy, self.r_B, 1, sd, self.width)
+            found = self._inner[sy, sd, scaled] = launch.inner(
+                self.m, plan.T, self.n, self.r, strides, self.silent, plan.dtype,
+                bias=self.biased, scaled=scaled,
             )  # fmt: skip
         return found
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from polyrank.ops.philox import Word
-from polyrank.ops.rank_gate import eager, fused, launch
+from polyrank.ops.rank_gate import eager, few, fused, launch
 from polyrank.ops.rank_gate.epilogue import Epilogue
 from polyrank.ops.rank_gate.plan import WIDTH, Call
 from polyrank.ops.rank_gate.projection import MOST_RANKS, Projection
@@ -179,6 +179,13 @@ def linears(
         members.append(_member(p.epilogue, p.A.shape[0], p.scale, p.live_from, p.counts))
         given += [p.W, p.b, p.A, p.rows, p.B, p.epilogue.gate, _detached(p.epilogue.bias)]
         given.append(p.row_scale)
+    if not (dropout or torch.is_grad_enabled() or torch.compiler.is_compiling()) and few.serves(
+        x, projections
+    ):
+        with _on(x):
+            outs = few.forward(fused.flat(x), projections, members)
+        lead = x.shape[:-1]
+        return [y.view(*lead, y.shape[-1]) for y in outs], [None] * len(outs)
     call = _call_of(members, x, given, dropout, owned=True)
     if not (call.keep or torch.compiler.is_compiling()):
         with _on(x):

@@ -1,0 +1,113 @@
+"""Few tokens without gradients: groups of projections by two launches equal the reference."""
+
+import os
+
+import pytest
+import torch
+
+from polyrank.ops.rank_gate import Projection, linears, naive
+from polyrank.testing.tolerance import assert_close
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    # Triton reads it when it is imported, which other packages do.
+    pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton")
+from polyrank.ops.rank_gate import few  # noqa: E402
+
+# The interpreter multiplies bits where it should multiply bf16 numbers.
+BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu, id="bf16")
+
+
+@pytest.fixture(autouse=True)
+def forced(monkeypatch):
+    monkeypatch.setenv("POLYRANK_OPS", "triton")
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    """Sizes of the groups that were started together."""
+    found, call = [], few.Pair.__call__
+
+    def counted(self, x, given):
+        found.append(len(given))
+        return call(self, x, given)
+
+    monkeypatch.setattr(few.Pair, "__call__", counted)
+    return found
+
+
+def projections(make, kinds, dtype, sizes, biased, **changes):
+    rng = torch.Generator().manual_seed(3)
+    cases, layers = [], []
+    for i, (kind, d_out) in enumerate(zip(kinds, sizes, strict=True)):
+        case = make(kind, dtype=dtype, device=DEVICE, seed=i, d_out=d_out, **changes)
+        case = case.with_(scale=1.7 - i, **({"x": cases[0].x} if cases else {}))
+        W = torch.randn(d_out, case.x.shape[-1], generator=rng).bfloat16().to(DEVICE, dtype)
+        b = torch.randn(d_out, generator=rng).bfloat16().to(DEVICE, dtype) if biased else None
+        cases.append(case)
+        layers.append(
+            Projection(W, b, case.A, case.rows, case.B, case.epilogue, case.scale, counts=False)
+        )
+    return layers, cases
+
+
+def same(layers, cases, dtype):
+    x = cases[0].x
+    with torch.no_grad():
+        outs, counts = linears(x, layers)
+        assert counts == [None] * len(layers)
+        for layer, case, out in zip(layers, cases, outs, strict=True):
+            b = None if layer.b is None else layer.b.float()
+            y = torch.nn.functional.linear(x.float(), layer.W.float(), b)
+            wanted = case.with_(x=x.float(), y=y).call(naive.rank_gate)[0]
+            assert out.dtype == dtype
+            assert out.shape == wanted.shape
+            assert_close(out.float(), wanted, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_every_gate_alone(make, name, dtype):
+    layers, cases = projections(make, [name], dtype, [37], biased=False, lead=(3,), d_in=40)
+    same(layers, cases, dtype)
+
+
+@pytest.mark.parametrize("kind", ["none", "sigmoid-b", "static", "self"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_groups_of_unequal_heights_and_scales(make, kind, dtype, biased, groups):
+    layers, cases = projections(
+        make, [kind] * 4, dtype, [70, 3, 33, 9], biased, lead=(2, 9), d_in=300
+    )
+    same(layers, cases, dtype)
+    assert groups == [3, 1]
+
+
+def test_members_that_differ_are_started_apart(make, groups):
+    kinds = ["none", "none", "sigmoid", "softmax"]
+    layers, cases = projections(make, kinds, torch.float32, [8, 9, 10, 11], False, lead=(1,))
+    same(layers, cases, torch.float32)
+    assert groups == [2, 1, 1]
+
+
+def test_what_needs_gradients_or_has_many_tokens_goes_the_other_way(make, groups):
+    for lead, learning in (((5,), True), ((few.TOKENS + 1,), False)):
+        layers, cases = projections(make, ["none"], torch.float32, [8], False, lead=lead)
+        with torch.set_grad_enabled(learning):
+            linears(cases[0].x, layers)
+    assert groups == []
+    same(*projections(make, ["none"], torch.float32, [8], False, lead=(few.TOKENS,)), torch.float32)
+    assert groups == [1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["none", "sigmoid", "self"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 16, 50])
+def test_sizes_of_a_model(make, kind, dtype, tokens):
+    sizes = [2048, 512, 512]
+    layers, cases = projections(
+        make, [kind] * 3, dtype, sizes, False, lead=(1, tokens), d_in=2048, r=64
+    )
+    for _ in range(3):
+        same(layers, cases, dtype)
