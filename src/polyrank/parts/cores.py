@@ -79,6 +79,8 @@ class RankGate(Core):
         self.counting = balance
         self.frozen = frozenset({"balance_bias"}) if balance else frozenset()
         self.balance_bias = nn.Parameter(torch.zeros(r), requires_grad=False) if balance else None
+        self.known: tuple[object, ...] = ()
+        self.form: Epilogue | None = None
         # A plain tensor: DDP would overwrite a buffer by rank 0's copy at every forward.
         self.counts: Tensor | None = None
 
@@ -93,16 +95,22 @@ class RankGate(Core):
             self.balance_bias.zero_()
 
     def fused(self) -> Epilogue:
-        """Return the operator's form."""
-        return Epilogue(
-            kind="linear",
-            k=self.k,
-            block=self.block,
-            score=self.score,
-            bias=self.balance_bias,
-            bias_in_weight=self.bias_in_weight,
-            total=self.total,
-        )
+        """Return the operator's form; made anew only when something of it changed."""
+        now = (self.k, self.block, self.score, self.bias_in_weight, self.total)
+        bias, e = self.balance_bias, self.form
+        if torch.compiler.is_compiling() or e is None or self.known != now or e.bias is not bias:
+            e = Epilogue(
+                kind="linear",
+                k=self.k,
+                block=self.block,
+                score=self.score,
+                bias=bias,
+                bias_in_weight=self.bias_in_weight,
+                total=self.total,
+            )
+            if not torch.compiler.is_compiling():
+                self.form, self.known = e, now
+        return e
 
     def gates_of(self, h: Tensor, z: Tensor | None) -> Tensor:
         """Return g (*, r) in fp32."""
@@ -127,9 +135,11 @@ class RankGate(Core):
                 dist.all_reduce(counts)
             self.balance(counts, self.rate)
             return
-        self.counts = (
-            counts.clone() if self.counts is None else self.counts.to(counts.device) + counts
-        )
+        if self.counts is None:
+            # What a compiled graph returns may lie in memory that its next run writes.
+            self.counts = counts.clone() if torch.compiler.is_compiling() else counts
+        else:
+            self.counts = self.counts.to(counts.device) + counts
 
     @torch.no_grad()
     def balance(self, counts: Tensor, rate: float) -> None:
