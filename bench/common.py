@@ -103,8 +103,8 @@ def rounds_us(steps, rounds, inner):
     return {name: statistics.median(times) for name, times in took.items()}
 
 
-def median_graph_us(work, replays=20, repeats=1):
-    """Median time of a CUDA graph that does the work, in microseconds a repetition."""
+def graph_of(work, repeats=1):
+    """A function that replays a CUDA graph of `repeats` times the work."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -114,14 +114,19 @@ def median_graph_us(work, replays=20, repeats=1):
         with torch.cuda.graph(graph, stream=stream):
             for _ in range(repeats):
                 work()
-        times = []
-        for _ in range(replays + 2):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / repeats)
+    return graph.replay
+
+
+def median_graph_us(work, replays=20):
+    """Median time of a CUDA graph that does the work, in microseconds."""
+    replay, times = graph_of(work), []
+    for _ in range(replays + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
     return statistics.median(times[2:])
 
 

@@ -3,9 +3,11 @@
     python bench/rank_gate.py --out bench/results/rank_gate.csv [--cases main,wide] [--compile]
 
 Forward, and forward + backward (gradients of x and of all adapter weights), in bf16, weights of the
-adapters in fp32 unless said otherwise; as called, where the host may be what is slow, and replayed
-by a CUDA graph, which is the device's time alone. A round runs every system in a new order;
-medians of rounds.
+adapters in fp32 unless said otherwise. As called, where the host may be what is slow; a row of
+eight such layers, each with an input of its own, as called and by the layer: a host that turns from
+forward to backward after a single layer is slower than one that works through a model; and replayed
+by a CUDA graph, which is the device's time alone. A round runs every system in a new order; medians
+of rounds.
 The figure that counts is the time over that of the frozen layer, as a ratio to PEFT's within a run.
 """
 
@@ -17,7 +19,7 @@ from common import (
     Path_,
     adapted,
     filled,
-    median_graph_us,
+    graph_of,
     peak_mib,
     peft_lora,
     rounds_us,
@@ -40,6 +42,8 @@ CASES = {
     "r256": (8192, 4096, 4096, 256, 16),
 }
 
+# Layers of a row, steps in a graph, and where compiled systems run along.
+ROW, REPEATS, COMPILED = 8, 4, ("main",)
 GRAPHED = ("base", "peft bf16", "peft fp32", "naive mixture", "smora", "lora")
 
 
@@ -59,15 +63,39 @@ def gate():
         raise SystemExit(f"the kernels are wrong: relative error {error}; nothing was timed")
 
 
+def base_of(d, n):
+    """A linear layer, the same every time."""
+    rng = torch.Generator("cuda").manual_seed(1)
+    layer = nn.Linear(d, n, bias=False, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.normal_(0, d**-0.5, generator=rng)
+    return nn.Sequential(layer)
+
+
+def row_systems(d, n, r, k):
+    """The same for rows of layers."""
+    targets = [str(i) for i in range(ROW)]
+
+    def base():
+        return Row(lambda: base_of(d, n))
+
+    lora, smora = polyrank.method("lora", r=r), polyrank.method("smora", r=r, k=k)
+    return {
+        "base": (base(), "auto"),
+        "peft bf16": (peft_lora(base(), r, targets, wide=False), "auto"),
+        "peft fp32": (peft_lora(base(), r, targets, wide=True), "auto"),
+        "smora eager": (adapted(base(), smora, targets), "eager"),
+        "smora": (adapted(base(), smora, targets), "triton"),
+        "lora eager": (adapted(base(), lora, targets), "eager"),
+        "lora": (adapted(base(), lora, targets), "triton"),
+    }
+
+
 def systems(d, n, r, k, compiled):
     """Name → (model, POLYRANK_OPS)."""
 
     def base():
-        rng = torch.Generator("cuda").manual_seed(1)
-        layer = nn.Linear(d, n, bias=False, device="cuda", dtype=torch.bfloat16)
-        with torch.no_grad():
-            layer.weight.normal_(0, d**-0.5, generator=rng)
-        return nn.Sequential(layer)
+        return base_of(d, n)
 
     frozen = base().requires_grad_(False)
     lora, smora = polyrank.method("lora", r=r), polyrank.method("smora", r=r, k=k)
@@ -91,6 +119,18 @@ def systems(d, n, r, k, compiled):
     return found
 
 
+class Row(nn.Module):
+    """Frozen layers beside one another."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.layers = nn.ModuleList(make()[0].requires_grad_(False) for _ in range(ROW))
+
+    def forward(self, xs):
+        """Return each layer's output for its input."""
+        return [layer(x) for layer, x in zip(self.layers, xs, strict=True)]
+
+
 def attach(models):
     """Give every model of ours an optimiser at hand.
 
@@ -101,14 +141,29 @@ def attach(models):
             polyrank.attach(torch.optim.AdamW(polyrank.parameter_groups(model, lr=0.0)), model)
 
 
+def forget(model):
+    """A function that forgets which ranks were chosen, as an update does.
+
+    A graph would else add to counts that lay in memory of before.
+    """
+    cores = [m for m in model.modules() if getattr(m, "counting", False)]
+
+    def clear():
+        for core in cores:
+            core.counts = None
+
+    return clear
+
+
 def step_of(model, xs, dy, backward):
     """A function that runs the model once, on one input after the other."""
-    leaves = [p for p in model.parameters() if p.requires_grad]
+    leaves, clear = [p for p in model.parameters() if p.requires_grad], forget(model)
     count = iter(range(10**9))
 
     def step():
         x = xs[next(count) % len(xs)]
         out = model(x)
+        clear()
         if backward:
             out.backward(dy)
             x.grad = None
@@ -118,10 +173,33 @@ def step_of(model, xs, dy, backward):
     return step
 
 
+def row_times(size, args):
+    """Microseconds a layer of a training step over a row of layers, by system."""
+    T, d, n, r, k = size
+    models = row_systems(d, n, r, k)
+    attach(models)
+    xs = [torch.randn(T, d, device="cuda").bfloat16().requires_grad_() for _ in range(ROW)]
+    dys = [torch.randn(T, n, device="cuda").bfloat16()] * ROW
+    steps = {}
+    for system, (model, path) in models.items():
+        leaves = [*xs, *(p for p in model.train().parameters() if p.requires_grad)]
+
+        clear = forget(model)
+
+        def step(model=model, leaves=leaves, clear=clear):
+            torch.autograd.backward(model(xs), dys)
+            clear()
+            for p in leaves:
+                p.grad = None
+
+        steps[system] = Path_(path, step)
+    return {name: us / ROW for name, us in rounds_us(steps, args.rounds, 2).items()}
+
+
 def measure(name, args):
     """Rows of one case."""
     T, d, n, r, k = CASES[name]
-    models = systems(d, n, r, k, args.compile and name == "main")
+    models = systems(d, n, r, k, args.compile and name in COMPILED)
     xs = [torch.randn(T, d, device="cuda").bfloat16().requires_grad_() for _ in range(3)]
     dy = torch.randn(T, n, device="cuda").bfloat16()
     times = {}
@@ -133,10 +211,12 @@ def measure(name, args):
             steps[system] = Path_(path, step_of(model, xs, dy, backward))
         times[backward] = rounds_us(steps, args.rounds, args.inner)
     peaks = {system: peak_mib(step) for system, step in steps.items()}
-    device = {}
-    for system, step in steps.items():
-        # The eager path and the host's waits are not to be captured everywhere.
-        device[system] = median_graph_us(step, repeats=6) if system in GRAPHED else float("nan")
+    # The eager path and the host's waits are not to be captured everywhere.
+    graphs = {system: graph_of(steps[system], REPEATS) for system in GRAPHED}
+    device = dict.fromkeys(steps, float("nan"))
+    device |= {s: us / REPEATS for s, us in rounds_us(graphs, args.rounds, 2).items()}
+    del graphs
+    in_row = dict.fromkeys(steps, float("nan")) | row_times(CASES[name], args)
     rows = []
     for system in models:
         ref = "base compiled" if system.endswith("compiled") else "base"
@@ -155,6 +235,11 @@ def measure(name, args):
                 "device_us": round(device[system], 1),
                 "device_extra_us": round(alone, 1),
                 "device_extra_over_peft": round(device_ratio, 3),
+                "row_us": round(in_row[system], 1),
+                "row_extra_us": round(in_row[system] - in_row[ref], 1),
+                "row_extra_over_peft": round(
+                    (in_row[system] - in_row[ref]) / (in_row[peft] - in_row[ref]), 3
+                ),
                 "peak_extra_mib": round(peaks[system] - peaks["base"], 1),
             }
         )  # fmt: skip
@@ -162,6 +247,7 @@ def measure(name, args):
             f"{name:6} {system:20} fwd {times[False][system]:7.1f}  step {times[True][system]:7.1f}"
             f"  extra {extra:6.1f}  /peft {ratio:5.2f}"
             f"  device {device[system]:6.1f} +{alone:6.1f}  /peft {device_ratio:5.3f}"
+            f"  row {in_row[system]:6.1f}  /peft {rows[-1]['row_extra_over_peft']:5.3f}"
             f"  mem {rows[-1]['peak_extra_mib']:6.1f}"
         )
     if args.profile:
@@ -233,8 +319,8 @@ def main():
     for name in args.cases.split(","):
         rows += measure(name, args)
         torch.cuda.empty_cache()
-    if args.out:
-        save(args.out, rows)
+        if args.out:
+            save(args.out, rows)
 
 
 if __name__ == "__main__":
