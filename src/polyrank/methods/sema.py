@@ -16,7 +16,12 @@ Limits: a classifier that grows; blocks with known norms, and in those that norm
     added before the sum (own reconstruction). No merge, replica or replay. A mean over tokens
     weighs them all alike: not for words that are to come. Cost: 2 d r + r + d weights an adapter,
     2 d q + q + d a descriptor, which the export `answers` leaves out; one to four scans a task.
-Status: formulas, decisions and resumption tested; published figures not verified.
+Status: formulas, decisions and resumption tested; published figures not verified. On digits (3
+    seeds, one CPU core, bench/streams.py, tau = 1.5) it forgets .31 among all classes and .03 among
+    a task's own, LoRA with masked .82 and .37, at accuracies of .45 and .31. Growth there is not
+    below linear: 9, 10 and 10 adapters of 10, for once a block has grown, deeper ones see what is
+    new to them; with the recipe's r = 16, seed 0, tau of 1, 1.5 and 2 give 10, 7 and 4, that is
+    none. On stdlib (tau = 1, seed 0) 12 of 18. With SGD, at these lengths, S stays below 0.9.
 """
 
 from __future__ import annotations
