@@ -43,27 +43,75 @@ def layers():
     for row in rows:
         if row["system"] == "base":
             size = f"{row['tokens']} tokens, {row['d_in']} → {row['d_out']}"
-            found.append((f"**{size}**", "", "", "", "", ""))
+            found.append((f"**{size}**", "", "", "", "", "", ""))
         device = row["device_extra_us"]
         found.append((
             NAMES[row["system"]], row["step_us"], row["extra_us"], row["extra_over_peft"],
+            "–" if row["row_us"] == "nan" else row["row_extra_over_peft"],
             "–" if device == "nan" else f"{device} ({row['device_extra_over_peft']})",
             row["peak_extra_mib"],
         ))  # fmt: skip
-    head = ("system", "step, µs", "over the frozen layer, µs", "of PEFT's",
+    head = ("system", "step, µs", "over the frozen layer, µs", "of PEFT's", "in a row, of PEFT's",
             "device alone, µs (of PEFT's)", "peak memory, MiB")  # fmt: skip
     return f"{markdown(head, found)}\n\n{origin(rows[0])}"
 
 
-def steps():
+def steps(name):
     """The section of whole training steps."""
-    rows = table("model_step")
+    rows = table(name)
     found = [
         (NAMES[r["system"]].replace("layer", "model"), r["ms"], r["over_peft_bf16"],
-         r["over_peft_fp32"], r["peak_mib"])
+         r["over_peft_fp32"] or "–", r["peak_mib"])
         for r in rows
     ]  # fmt: skip
     head = ("system", "ms a step", "of PEFT, bf16", "of PEFT's default", "peak memory, MiB")
+    return f"{markdown(head, found)}\n\n{origin(rows[0])}"
+
+
+def losses():
+    """The section of losses beside those of the eager path."""
+    rows = table("losses")
+    paths = {"naive": "the reference (control)", "triton": "kernels"}
+    found = [
+        (f"`{r['system']}`", paths[r["path"]], r["first"], r["last"], r["last_eager"],
+         r["largest_gap"], r["mean_gap"])
+        for r in rows
+    ]  # fmt: skip
+    head = ("system", "by", "first loss", "last", "last, eager", "largest gap", "mean gap")
+    return f"{markdown(head, found)}\n\n{origin(rows[0])}"
+
+
+def methods():
+    """The section of other training methods: time, and memory."""
+    rows = table("steps_gpu")
+    found = [
+        (f"`{r['system']}`", *(round(float(r[n]), 3) for n in (
+            "median_ms", "update_ms", "ratio_median", "ratio_q1", "ratio_q3")))
+        for r in rows
+    ]  # fmt: skip
+    head = ("system", "ms a step", "its update, ms", "of `lora`", "lower quartile", "upper")
+    first = rows[0]
+    about = f"{first['machine']}, torch {first['torch']}, {first['date']}; `{first['command']}`"
+    memory = [
+        (r["what"], f"`{r['system']}`" if r["what"] == "step" else r["system"], r["peak_mib"],
+         r["held_mib"], r["largest_gradient_mib"] or "–")
+        for r in table("memory")
+    ]  # fmt: skip
+    tops = ("what", "system", "peak, MiB", "held before, MiB", "largest layer's gradient, MiB")
+    tables = (markdown(head, found), about, markdown(tops, memory), origin(table("memory")[0]))
+    return "\n\n".join(tables)
+
+
+def gates():
+    """The section of every gate against the eager path."""
+    rows = table("gates")
+    found = [
+        (r["kind"], r["dtype"], f"{r['tokens']} × {r['d_in']} → {r['d_out']}",
+         r["forward_eager_us"], r["forward_triton_us"], r["step_eager_us"], r["step_triton_us"])
+        for r in rows
+    ]  # fmt: skip
+    head = ("gate", "dtype", "size", "forward, eager, µs", "kernels, µs", "step, eager, µs",
+            "kernels, µs")  # fmt: skip
     return f"{markdown(head, found)}\n\n{origin(rows[0])}"
 
 
@@ -115,6 +163,54 @@ def kernels():
     return f"{markdown(head, found)}\n\n{about['device']}, {about['date']}; `{about['command']}`"
 
 
+def found(name, column, **where):
+    """One figure of a table."""
+    rows = [r for r in table(name) if all(r[key] == value for key, value in where.items())]
+    return float(rows[0][column])
+
+
+def aims():
+    """The section of what was aimed at: aims as ratios to PEFT's, what was found, what is known."""
+
+    def layer(system, column, case="main"):
+        return found("rank_gate", f"{column}extra_over_peft", case=case, system=system)
+
+    def few(system, mode, case="1 tokens"):
+        return found("decode", "extra_over_peft", case=case, mode=mode, system=system)
+
+    whole = {"system": "smora"}
+    rows = [
+        ("`smora`, one layer, device alone", 0.53, layer("smora", "device_"), ""),
+        ("`smora`, one layer, as called", 0.53, layer("smora", ""),
+         "1.01 before. The host is slow. Tried: fewer look-ups (predicted 35 µs less, found "
+         "9 on a CPU), counts kept and not copied, starts without Triton's Python (3 µs each). It "
+         "would take a cached check of what a layer holds"),
+        ("`lora`, one layer, device alone", 0.48, layer("lora", "device_"),
+         "dy is read by u = dy B and again by dB. One read for both was not tried: its parts of dB "
+         "would fill as much memory as dy"),
+        ("`lora`, one layer, in a row", 0.48, layer("lora", "row_"), "the same"),
+        ("`smora`, 2048 tokens, device alone", 0.53, layer("smora", "device_", "short"),
+         "as called the host rules, yet it is ahead of the eager path. Nine short kernels pay for "
+         "their beginnings and ends"),
+        ("`smora`, whole step, of PEFT bf16", 0.91, found("model_step", "over_peft_bf16", **whole),
+         "its passes take about 10 ms of the device, near their bytes"),
+        ("`smora`, whole step, of PEFT's default", 0.56,
+         found("model_step", "over_peft_fp32", **whole),
+         "the frozen model alone is half of PEFT's step on this machine, which leaves a smaller "
+         "share than was counted on"),
+        ("`smora`, compiled", 0.93, found("model_step_compiled", "over_peft_bf16", **whole),
+         "not tuned: shared reads are off in a compiled graph, where PEFT's additions vanish"),
+        ("`lora`, one token, CUDA graph", 0.7, few("lora", "graph"), "0.69 before"),
+        ("`smora`, one token, CUDA graph", 0.7, few("smora", "graph"),
+         "0.94 before; two launches for a group were predicted to give 0.53"),
+        ("`lora`, one token, eager", 0.7, few("lora", "eager"),
+         "1.55 before; predicted 0.3. Python around the two launches is what is left"),
+        ("`smora`, one token, eager", 0.7, few("smora", "eager"), "1.69 before; the same"),
+    ]  # fmt: skip
+    head = ("what", "aim", "found", "what is known of it")
+    return markdown(head, [(what, aim, got, note) for what, aim, got, note in rows])
+
+
 TEXT = """<!-- Made by bench/speed_page.py from bench/results; do not edit. -->
 # Speed on a GPU
 
@@ -125,10 +221,11 @@ has 8 active ranks), in bf16 with fp32 master weights unless said otherwise. One
 
 ## One layer, forward and backward
 
-*Step* and *over the frozen layer* are as called from Python. On this machine the host took 0.7 ms
-for PEFT's step of one layer and about 1.1 ms for ours, so that sizes which the device finishes
-sooner show the host. *Device alone* replays the same work as a CUDA graph, one system after the
-other.
+*Step* and *over the frozen layer* are one layer as called from Python: sizes that the device
+finishes sooner show the host. In such a step calls take three to four times as long as in a loop
+of their own, likely because forward and backward run in two threads that wake each other. *In a
+row*: eight such layers in one step, by the layer. *Device alone* replays the same work as a CUDA
+graph. How fast the host is varies between machines of one kind; ratios hold within a case.
 
 {layers}
 
@@ -138,9 +235,36 @@ other.
 
 {steps}
 
+Four layers of the same shape under `torch.compile`, where PEFT's additions become one kernel with
+their neighbours and layers that read the same x are not computed together:
+
+{compiled}
+
+Losses of 50 steps. The control makes all products in fp32, and so differs from the eager path by
+what bf16 rounds; gates that choose ranks turn such differences into other choices.
+
+{losses}
+
+## Other methods
+
+The same model and batch. `gather` is one batch whose gradients by every layer's weight are summed
+for a start from data, and a control that passes the same tensors on and sums nothing. Both are at
+their highest elsewhere, before a sum is made; then a sum itself holds the gradient of one layer and
+wide copies of 1024 tokens.
+
+{methods}
+
+## Every gate
+
+One layer as called, without gradients and a whole step, by kernels and by the eager path: the table
+that `POLYRANK_OPS=auto` follows.
+
+{gates}
+
 ## Few tokens
 
-A forward of the same model with the adapter unmerged, and 64 adapters in one batch (4 layers).
+A forward of the same model with the adapter unmerged, and 64 adapters in one batch (4 layers). Up
+to 64 tokens without gradients, q, k and v (gate and up) take two launches beside the base products.
 
 {decoding}
 
@@ -151,12 +275,22 @@ Nothing is accumulated onto y and dx any more: the base product adds onto the up
 9 µs forward and nothing backward. *Base product apart*, above, is a form that was given up.
 
 {kernels}
+
+## What stands against what was aimed at
+
+{aims}
+
+Throughput of 64 adapters in a batch was measured for `lora` alone (aim: 5 times PEFT's).
 """
 
 
 def page():
     """The text of docs/speed.md."""
-    return TEXT.format(layers=layers(), steps=steps(), decoding=decoding(), kernels=kernels())
+    return TEXT.format(
+        layers=layers(), steps=steps("model_step"), compiled=steps("model_step_compiled"),
+        losses=losses(), methods=methods(), gates=gates(), decoding=decoding(), kernels=kernels(),
+        aims=aims(),
+    )  # fmt: skip
 
 
 def picture(path):
