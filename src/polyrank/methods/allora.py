@@ -14,7 +14,8 @@ Limits: under Adam a frozen a would leave B's path as it is, as each entry's sca
     optimiser's step of B. Needs polyrank's trainer or attach. Cost: two Gram products a layer and
     update; r d_out multiplications a token in backward. Form "forward" cannot be merged.
 Status: gradients and ablations tested; published figures not verified, and their gains are small.
-    On digits (recipe, rates not tuned, 3 seeds) accuracy is .31, that of LoRA with s = 2 as well.
+    All tasks at once, each at its best rate, 3 seeds (`polyrank sweep sweep-starts`, and -text), it
+    ties with LoRA of s = 2: digits .90 and .90, texts .64 and .64.
 """
 
 from __future__ import annotations

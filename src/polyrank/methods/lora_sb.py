@@ -15,7 +15,9 @@ Limits: r <= min(d_in, d_out); not neutral at start. Cost: r² weights with opti
     some rows and a decomposition a layer.
 Status: start, gradients, merge and mixing tested; published figures not verified; on the digits
     stream it learns each task and forgets as sequential LoRA of equal rank does (`polyrank run
-    --recipe lora-sb`, seed 0).
+    --recipe lora-sb`, seed 0). All tasks at once, each at its best rate, 3 seeds (`polyrank sweep
+    sweep-starts`, and -text), tied with LoRA of rank 8: digits .89 and .90, texts .63 and .64, of
+    half and an eighth of the trained weights, in fewer updates to a loss.
 """
 
 from __future__ import annotations
