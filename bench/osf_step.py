@@ -232,19 +232,24 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock, remembered = Clock(args.device), Remembered()
-    rows = list(decomposed(args, base_of(args), clock))
+    rows = []
+    for row in decomposed(args, base_of(args), clock):
+        rows.append(row)
+        write(args, rows)
     subspaces.decompose = remembered
     for name in args.systems:
         rows += stepped(args, name, remembered, clock)
+        # What is measured stands, should a later system not fit into the device or the time.
+        write(args, rows)
         gc.collect()
         if clock.cuda:
             torch.cuda.empty_cache()
-    if args.out:
-        write(args, rows)
 
 
 def write(args, rows):
-    """Write the table with its origin, aside and renamed."""
+    """Write the table with its origin, aside and renamed; nothing without a file."""
+    if not args.out:
+        return
     kind = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
     words = [f"--{n} {getattr(args, n)}" for n in (*NUMBERS, "rate", "shape", "device", "dtype")]
     about = {

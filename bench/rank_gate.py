@@ -150,7 +150,7 @@ def forget(model):
 
     def clear():
         for core in cores:
-            core.counts = None
+            core.taken()
 
     return clear
 

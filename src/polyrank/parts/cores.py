@@ -27,6 +27,11 @@ class Router(nn.Module):
         self.weight.copy_(torch.empty(self.weight.shape).uniform_(-bound, bound, generator=rng))
 
 
+def capturing(counts: Tensor) -> bool:
+    """Say whether what is done to a tensor now is captured into a CUDA graph."""
+    return counts.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class RankGate(Core):
     """φ(h ; x) = g(x) ⊙ h: a linear router turns on k of r ranks for each token, in whole blocks.
 
@@ -83,6 +88,9 @@ class RankGate(Core):
         self.form: Epilogue | None = None
         # A plain tensor: DDP would overwrite a buffer by rank 0's copy at every forward.
         self.counts: Tensor | None = None
+        # What replays of a CUDA graph add to, and whether any does.
+        self.kept: Tensor | None = None
+        self.replayed = False
 
     def rows(self) -> Tensor:
         """Return the router's rows, read in the same pass as A."""
@@ -128,18 +136,43 @@ class RankGate(Core):
 
     @torch.no_grad()
     def count(self, counts: Tensor) -> None:
-        """Add the number of tokens that chose each rank, (r,) int64."""
+        """Add the number of tokens that chose each rank, (r,) int64.
+
+        Raises:
+            ConfigError: if a CUDA graph is captured before any update was made without one.
+        """
         if self.rate:
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 # Each process would move its own copy of the bias, and they would drift apart.
                 dist.all_reduce(counts)
             self.balance(counts, self.rate)
             return
+        if capturing(counts):
+            if self.kept is None:
+                raise ConfigError(
+                    "rank gate: got a CUDA graph that captures the first training forward, "
+                    "expected one before it; make an update without the graph, then capture"
+                )
+            # Replays run none of these lines: they must add where `taken` will look.
+            self.kept.add_(counts)
+            self.replayed = True
+            return
+        if self.kept is None and counts.is_cuda:
+            self.kept = torch.zeros_like(counts)
         if self.counts is None:
             # What a compiled graph returns may lie in memory that its next run writes.
             self.counts = counts.clone() if torch.compiler.is_compiling() else counts
         else:
             self.counts = self.counts.to(counts.device) + counts
+
+    @torch.no_grad()
+    def taken(self) -> Tensor | None:
+        """Return what was counted since the last call, (r,) int64, or None if nothing was."""
+        found, self.counts = self.counts, None
+        if self.replayed and self.kept is not None:
+            found = self.kept + (0 if found is None else found)
+            self.kept.zero_()
+        return found
 
     @torch.no_grad()
     def balance(self, counts: Tensor, rate: float) -> None:

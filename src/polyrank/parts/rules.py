@@ -32,7 +32,7 @@ class Balance(Rule):
         """Collect the cores that count; what they counted before belongs to no update of ours."""
         self.cores = [layer.core for layer in adapter.layers if isinstance(layer.core, RankGate)]
         for core in self.cores:
-            core.counts = None
+            core.taken()
 
     def after(self, step: Step) -> None:
         """Sum the counts over processes, move every bias by one step, forget the counts."""
@@ -42,8 +42,8 @@ class Balance(Rule):
         device = cores[0].router.weight.device
         parts = [
             torch.zeros(core.widths[0], dtype=torch.int64, device=device)
-            if core.counts is None
-            else core.counts.to(device)
+            if (found := core.taken()) is None
+            else found.to(device)
             for core in cores
         ]
         counts = torch.cat(parts)
@@ -56,7 +56,6 @@ class Balance(Rule):
         """As `RankGate.balance` for every core, by a few operations for all that are alike."""
         alike: dict[tuple[object, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for core, part in zip(cores, counts.split([c.widths[0] for c in cores]), strict=True):
-            core.counts = None
             if (bias := core.balance_bias) is not None:
                 alike.setdefault((bias.shape, bias.dtype, bias.device), []).append((bias, part))
         for pairs in alike.values():
