@@ -34,6 +34,7 @@ LOOKING = {
 # Entry, method, its options, strategies with theirs.
 ENTRIES: list[tuple[str, str, dict, list[tuple[str, dict]]]] = [
     ("sequential", "lora", {}, [("sequential", {})]),
+    ("sequential-slow", "lora", {}, [("sequential", {})]),
     ("smora", "smora", {"k": 4}, []),
     ("replay", "lora", {}, [("replay", {"capacity": 0.05})]),
     ("der", "lora", {}, [("der", {"capacity": 0.05, "plus": True})]),
@@ -62,10 +63,13 @@ ENTRIES: list[tuple[str, str, dict, list[tuple[str, dict]]]] = [
     ("osf-progressive", "osf", {"schedule": "progressive"}, []),
     ("osf-core", "osf", {"parametrisation": "core"}, []),
 ]
-# Weights that begin with values of their own move too far at the rate of factors that begin at 0.
+# Weights that begin with values of their own move too far at the rate of factors that begin at 0;
+# `sequential-slow` is LoRA at their rate.
 RATES = {
-    "digits": {"full": 1e-3, "osf": 1e-3, "osf-core": 1e-3},
-    "stdlib": {"full": 3e-4, "osf": 3e-4, "osf-progressive": 3e-4, "osf-core": 3e-4},
+    "digits": {"sequential-slow": 1e-3, "full": 1e-3, "osf": 1e-3, "osf-core": 1e-3},
+    "stdlib": {
+        name: 3e-4 for name in ("sequential-slow", "full", "osf", "osf-progressive", "osf-core")
+    },
 }
 # Ranks and training of each stream.
 TRAIN = {
