@@ -65,11 +65,10 @@ ENTRIES: list[tuple[str, str, dict, list[tuple[str, dict]]]] = [
 ]
 # Weights that begin with values of their own move too far at the rate of factors that begin at 0;
 # `sequential-slow` is LoRA at their rate.
+SLOW = ("sequential-slow", "full", "osf", "osf-core")
 RATES = {
-    "digits": {"sequential-slow": 1e-3, "full": 1e-3, "osf": 1e-3, "osf-core": 1e-3},
-    "stdlib": {
-        name: 3e-4 for name in ("sequential-slow", "full", "osf", "osf-progressive", "osf-core")
-    },
+    "digits": dict.fromkeys(SLOW, 1e-3),
+    "stdlib": dict.fromkeys((*SLOW, "osf-progressive"), 3e-4),
 }
 # Ranks and training of each stream.
 TRAIN = {
