@@ -66,6 +66,20 @@ def test_after_tasks_it_fits_the_original_base_and_exports_to_plain_models(
     assert_close(shown(fresh), expected)
 
 
+def test_a_layer_that_is_frozen_as_a_whole_is_saved_loaded_and_merged(tmp_path):
+    model, base = trained(ends=1)
+    paths = [layer.site.path for layer in adapter_of(model).layers]
+    absorb(model, archive="folded", ranks={paths[0]: 0})
+    expected = shown(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path), is_trainable=True).eval()
+    assert [layer.site.r == 0 for layer in adapter_of(again).layers] == [
+        p == paths[0] for p in paths
+    ]
+    assert_close(shown(again), expected)
+    assert_close(shown(copy.deepcopy(model).merge_and_unload()), expected)
+
+
 def test_without_an_archive_only_the_changed_base_is_taken(tmp_path):
     model, base = trained(ends=1, archive=False)
     expected = shown(model)

@@ -87,7 +87,7 @@ class AdaptedLinear(nn.Module, DeclaredTrainability):
         view.waiting = bool(start.wants) and not started
         restore_bank(view, shapes)
         restore_archive(view, shapes)
-        if shadow := shapes.get("shadow"):
+        if (shadow := shapes.get("shadow")) is not None:
             delta = shapes.get("shadow_delta")
             view.shadow = (
                 torch.zeros(shadow, site.d_in),
