@@ -22,20 +22,23 @@ SMALL = 2**16
 
 
 class Side(NamedTuple):
-    """A trained factor and the orthonormal columns that it is kept off, or kept to.
+    """A trained factor, what it started as, and the columns that it is kept off, or kept to.
 
     `turned` says that the factor's rows lie in the space of the columns, not its columns.
     """
 
     param: nn.Parameter
+    start: Tensor
     basis: Tensor
     kept: bool
     turned: bool
 
 
 class Project(Rule):
-    """P ← P − Q Qᵀ P for gradients before clipping, and for parameters after the step.
+    """G ← G − Q Qᵀ G before clipping, and P ← P_0 + (1 − Q Qᵀ)(P − P_0) after the step.
 
+    Q Qᵀ P_0 = 0 already, so that parameters are projected by what they have moved: no product
+    rounds what a factor started as, and one that has not moved keeps its bits.
     U_l is kept off U_h and V_l off V_h; where that side of the weight is square and the tail the
     smaller basis, U_l is kept to it, which is the same. Both are needed: optimisers that scale
     entries turn a projected gradient out again, and moments fill with what the gradient has left.
@@ -74,17 +77,17 @@ class Project(Rule):
 
     def grads(self, step: Step) -> None:
         """Project the gradients."""
-        self._all({id(s.param): s.param.grad for g, _ in self.groups for s in g})
+        self._all({id(s.param): s.param.grad for g, _ in self.groups for s in g}, moved=False)
         self._blocks({id(D): D.grad for D, _, _ in self.blocks})
 
     def after(self, step: Step) -> None:
         """Project the parameters."""
         if self.late:
-            self._all({id(s.param): s.param.data for g, _ in self.groups for s in g})
+            self._all({id(s.param): s.param.data for g, _ in self.groups for s in g}, moved=True)
             self._blocks({id(D): D.data for D, _, _ in self.blocks})
 
     @torch.no_grad()
-    def _all(self, targets: dict[int, Tensor | None]) -> None:
+    def _all(self, targets: dict[int, Tensor | None], *, moved: bool) -> None:
         for sides, stacked in self.groups:
             found = [(s, t) for s in sides if (t := targets[id(s.param)]) is not None]
             if not found:
@@ -93,10 +96,12 @@ class Project(Rule):
             with exact(device, but_tf32=self.tf32):
                 if stacked is not None and len(found) == len(sides):
                     P = torch.stack([wide(t) for _, t in found])
-                    torch._foreach_copy_([t for _, t in found], list(_off(P, stacked, first)))
+                    start = torch.stack([wide(s.start) for s, _ in found]) if moved else None
+                    off = _off(P, stacked, first, start)
+                    torch._foreach_copy_([t for _, t in found], list(off))
                     continue
                 for side, t in found:
-                    _off_in_place(t, side)
+                    _off_in_place(t, side, side.start if moved else None)
 
     @torch.no_grad()
     def _blocks(self, targets: dict[int, Tensor | None]) -> None:
@@ -106,23 +111,33 @@ class Project(Rule):
                     t.sub_((U @ ((U.mT @ wide(t)) @ V.mT) @ V).to(t.dtype))
 
 
-def _off(P: Tensor, Q: Tensor, side: Side) -> Tensor:
-    """Return P kept to the columns of Q, or off them; leading axes are a batch."""
-    found = (P @ Q) @ Q.mT if side.turned else Q @ (Q.mT @ P)
-    return found if side.kept else P - found
+def _off(P: Tensor, Q: Tensor, side: Side, start: Tensor | None) -> Tensor:
+    """Return P with what it has moved from a start kept to the columns of Q, or off them.
+
+    Leading axes are a batch; without a start all of P has moved.
+    """
+    D = P if start is None else P - start
+    found = (D @ Q) @ Q.mT if side.turned else Q @ (Q.mT @ D)
+    if not side.kept:
+        return P - found
+    return found if start is None else start + found
 
 
-def _off_in_place(t: Tensor, side: Side) -> None:
+def _off_in_place(t: Tensor, side: Side, start: Tensor | None) -> None:
     """Do the same to one tensor, with as little memory as it takes."""
     Q = wide(side.basis)
     if t.dtype != Q.dtype or not t.is_contiguous():
-        t.copy_(_off(wide(t), Q.to(wide(t).dtype), side))
+        first = None if start is None else wide(start).to(wide(t).dtype)
+        t.copy_(_off(wide(t), Q.to(wide(t).dtype), side, first))
         return
-    left, right = (t @ Q, Q.mT) if side.turned else (Q, Q.mT @ t)
-    if side.kept:
+    D = t if start is None else t - start
+    left, right = (D @ Q, Q.mT) if side.turned else (Q, Q.mT @ D)
+    if not side.kept:
+        t.addmm_(left, right, alpha=-1)
+    elif start is None:
         torch.mm(left, right, out=t)
     else:
-        t.addmm_(left, right, alpha=-1)
+        torch.addmm(start.to(t.dtype), left, right, out=t)
 
 
 def _sides(layer: Layer) -> Iterator[Side]:
@@ -133,5 +148,5 @@ def _sides(layer: Layer) -> Iterator[Side]:
     if core.split.k == 0 or core.split.r == 0:
         return
     u, v = core.high_u, core.high_v
-    yield Side(layer.B, B0 if u is None else u, u is None, False)
-    yield Side(layer.A, (A0 if v is None else v).mT, v is None, True)
+    yield Side(layer.B, B0, B0 if u is None else u, u is None, False)
+    yield Side(layer.A, A0, (A0 if v is None else v).mT, v is None, True)

@@ -7,7 +7,7 @@ others (0, the tail) are free, m = min(d_out, d_in). Whatever trains, U_hᵀ ΔW
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,6 @@ from polyrank.errors import ConfigError
 from polyrank.frame import Adapter, Core, Flow, Init, Layer, Site
 from polyrank.layers.precision import exact
 from polyrank.layers.views import wide
-
-if TYPE_CHECKING:
-    pass
 
 REACHES = ("range", "all")
 # The roles that train in each parametrisation.
@@ -340,9 +337,17 @@ def nest(layer: Layer, U: Tensor, V: Tensor) -> None:
         rest = W - U @ (U.mT @ W)
         rest = rest - (rest @ V.mT) @ V
         L, S, R = decompose(rest)
-    r = core.split.r
+        r = core.split.r
+        L, R = _off_basis(U, L[:, :r]), _off_basis(V.mT, R[:r].mT).mT
     core.protect(U, V)
-    _write_tail(layer, L[:, :r], S[:r], R[:r])
+    _write_tail(layer, L, S[:r], R)
+
+
+def _off_basis(Q: Tensor, P: Tensor) -> Tensor:
+    """Return P (n, r) orthonormal, and off Q (n, k) too where singular values of it vanish."""
+    full, R = torch.linalg.qr(torch.cat([Q, P], 1))
+    sign = R.diagonal().sign()[Q.shape[1] :]
+    return full[:, Q.shape[1] :] * torch.where(sign == 0, 1.0, sign)
 
 
 def _completed(U: Tensor, k: int, count: int) -> Tensor:
