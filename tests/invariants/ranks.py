@@ -113,25 +113,57 @@ def phased(helper, rank, world):
     model = pr.adapt(tiny_vit().double(), method, head="classifier", seed=3).double()
     grow_head(model, stream[0].labels, seed=3)
     model.double()
-    reader = ImageReader()
     parts = [stream[0].data["train"].take(range(ROWS))]
-    workshop = TaskWorkshop(model, _Double(reader), {"train": parts}, seed=3, task=0, size=SIZE)
-    run = Training(
+    run_phase(training(model, method, parts, world), Phase(steps=UPDATES))
+    return model, {"losses": [], "calls": [], "norms": [0.0]}
+
+
+def grown(helper, rank, world):
+    """Two tasks of blocks that grow: losses beside the model's output, statistics, and looks."""
+    stream = few_digits(rows=32, tasks=2)
+    options = {"r": 2, "q": 3, "window": 20, "detect_batch": 8, "start": -2, "tau": 0.2}
+    method = pr.method("sema", **options)
+    model = pr.adapt(tiny_vit().double(), method, head="classifier", seed=3).double()
+    found, known = [], 0
+    for number, task in enumerate(stream):
+        grow_head(model, task.labels, seed=3)
+        parts = [task.data["train"]]
+        run = training(model.double(), method, parts, world, number, task.classes, known)
+        boundary, state, known = method.boundary(), {}, known + len(task.classes)
+        boundary.start(task, run.workshop, state)
+        while (work := boundary.next(task, run.workshop, state)) is not None:
+            if isinstance(work, Phase):
+                run_phase(run, work)
+                found.append(work.name)
+            else:
+                while not work.step(run.workshop, state):
+                    pass
+            # What is new to a block comes in fp32.
+            model.double()
+        boundary.finish(task, run.workshop, state)
+    found += run.workshop.memory("sema")["adapters"]
+    return model, {"losses": [], "calls": found, "norms": state["scores"]}
+
+
+def training(model, method, parts, world, task=0, classes=(), known=0):
+    workshop = TaskWorkshop(
+        model, _Double(ImageReader()), {"train": parts}, seed=3, task=task, size=SIZE,
+        classes=classes, known=known, first=not known,
+    )  # fmt: skip
+    return Training(
         model=model,
         reader=workshop.reader,
         method=method,
         strategies=(),
         settings=Settings(epochs=1, batch_size=SIZE // world, accumulation=ACCUMULATION, lr=1e-2),
         parts=parts,
-        task=0,
-        shown=0,
+        task=task,
+        shown=task,
         seed=3,
         workshop=workshop,
         watch=lambda event, fields: None,
-        where={"system": "smora", "task": "4-5"},
+        where={"system": method.name, "task": "4-5"},
     )
-    run_phase(run, Phase(steps=UPDATES))
-    return model, {"losses": [], "calls": [], "norms": [0.0]}
 
 
 class _Double(ImageReader):
@@ -155,6 +187,7 @@ def main(folder, rank, world):
         "chosen": attached(helper, rank, world, "mora"),
         "trainer": trained(helper, folder, world),
         "phase": phased(helper, rank, world),
+        "grown": grown(helper, rank, world),
     }.items():
         facts[road] = fact
         save_file(helper.trained(model), str(folder / f"{rank}-{road}.safetensors"))

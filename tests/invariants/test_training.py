@@ -156,7 +156,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("road", ["attach", "trainer", "phase", "nested", "chosen"])
+@pytest.mark.parametrize("road", ["attach", "trainer", "phase", "nested", "chosen", "grown"])
 def test_two_processes_equal_one_on_the_joined_batch(ranks, road):
     ((alone, weights),) = ranks[1]
     first, second = ranks[2]
@@ -166,9 +166,16 @@ def test_two_processes_equal_one_on_the_joined_batch(ranks, road):
         assert facts[road]["calls"] == alone[road]["calls"]
     for key, value in first[1][road].items():
         assert torch.equal(value, second[1][road][key]), key
-    if road not in ("nested", "chosen"):
+    if road not in ("nested", "chosen", "grown"):
         bias = torch.stack([v for k, v in weights[road].items() if "balance_bias" in k])
         assert bias.abs().max() > 0
+
+
+@pytest.mark.slow
+def test_two_processes_grow_the_same_blocks(ranks):
+    for facts, _ in (*ranks[1], *ranks[2]):
+        names = ["func-1", "rd-1", "func-1", "rd-1", "func-2", "rd-2"]
+        assert facts["grown"]["calls"] == [*names, [2, 2]]
 
 
 @pytest.mark.slow

@@ -84,6 +84,10 @@ class Objective:
         for loss in self.losses:
             loss.bind(adapter, workshop)
 
+    def beside(self) -> bool:
+        """Say whether a loss reads what blocks left, which is not behind the model's output."""
+        return any("sides" in loss.needs for loss in self.losses)
+
     def counts(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, int]:
         """Return n_l by loss over the micro-batches of an update and all processes."""
         mask = self.reader.mask
@@ -116,7 +120,7 @@ class Objective:
         teachers = self._teachers(inner, flow, batch)
         out = self.reader.forward(model, batch, self.wants)
         out.stored = batch.get("stored")
-        if any("sides" in loss.needs for loss in self.losses):
+        if self.beside():
             out.sides = self.adapter.sides()
         assert out.logits is not None
         total = out.logits.new_zeros((), dtype=torch.float32)

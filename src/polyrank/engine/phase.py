@@ -42,6 +42,7 @@ class Training:
         check: scores the validation rows, for phases that are checked.
         stepped: called at the end of every update.
         pause: called after it, where the state may be saved.
+        trained: number of weights that the phase trains, once it has begun.
     """
 
     model: nn.Module
@@ -64,6 +65,7 @@ class Training:
     validate: Callable[[], float] | None = None
     stepped: Callable[[], None] = field(default=lambda: None)
     pause: Pause = field(default=lambda make: None)
+    trained: int = 0
 
 
 def run_phase(run: Training, phase: Phase, resume: dict[str, Any] | None = None) -> float:
@@ -83,6 +85,7 @@ def run_phase(run: Training, phase: Phase, resume: dict[str, Any] | None = None)
     if problems:
         raise ConfigError([f"phase {phase.name!r}: {problem}" for problem in problems])
     adapter.train_only(phase.train)
+    run.trained = sum(p.numel() for p in adapter.trained())
     rows = TaskRows(run.parts)
     settings = run.settings
     key = (run.seed, run.task, phase.name)
@@ -98,7 +101,9 @@ def run_phase(run: Training, phase: Phase, resume: dict[str, Any] | None = None)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = PhaseTrainer(
             model=run.model,
-            args=_arguments(settings, phase, scratch, steps, seed_of(*key) % 2**31),
+            args=_arguments(
+                settings, phase, scratch, steps, seed_of(*key) % 2**31, beside=objective.beside()
+            ),
             train_dataset=rows,
             data_collator=run.reader.collate,
         )
@@ -197,7 +202,7 @@ def _processes() -> int:
 
 
 def _arguments(
-    settings: Settings, phase: Phase, folder: str, steps: int, seed: int
+    settings: Settings, phase: Phase, folder: str, steps: int, seed: int, *, beside: bool
 ) -> TrainingArguments:
     total = phase.span[1] if phase.span else steps
     # Left alone, transformers looks for no other process on a machine without an accelerator.
@@ -206,6 +211,8 @@ def _arguments(
     return TrainingArguments(
         **plain,
         ddp_backend=None if alone or torch.cuda.is_available() else "gloo",
+        # What is not behind the model's output would count as unused, and yet get a gradient.
+        ddp_find_unused_parameters=False if beside else None,
         output_dir=folder,
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,

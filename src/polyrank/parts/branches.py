@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from polyrank.errors import ConfigError
@@ -273,9 +275,11 @@ class Expandable(Block):
         if not self.growing:
             weights = h.new_ones(len(h), 1)
         else:
-            m = _mean(tapped, flow.mask)
-            weights = self._logits(m).softmax(-1)
-            self._describe(m, flow)
+            # Decisions are taken without autocast, whose bf16 would round what they rest on.
+            with _exact(tapped.device.type):
+                m = _mean(tapped, flow.mask)
+                weights = self._logits(m).softmax(-1)
+                self._describe(m, flow)
         parts = [p for p in (self.held_adapter, self.adapter) if p is not None]
         sizes = [len(part.up_bias) for part in parts]
         split = weights.split(sizes, -1)
@@ -303,13 +307,26 @@ class Expandable(Block):
     def score(self, errors: Tensor, *, signed: bool = False) -> float:
         """Return S = min over descriptors of the mean over a batch of z, for errors (batch, K).
 
+        The batch is that of all processes together, which therefore decide alike.
+
         Raises:
             RunError: if the errors, or the statistics, allow no answer.
         """
         windows = [w for w in (self.held_window, self.window) if w is not None]
         parts = errors.split([len(w.length) for w in windows], -1)
         z = [w.scores(e, signed=signed) for w, e in zip(windows, parts, strict=True)]
-        return float(torch.cat(z, -1).mean(0).min())
+        found = torch.cat(z, -1)
+        # One tensor, so that sums and their count travel together.
+        sums = torch.cat([found.sum(0), found.new_tensor([len(found)])])
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        return float((sums[:-1] / sums[-1]).min())
+
+
+def _exact(device: str) -> AbstractContextManager[Any]:
+    """Return a context without autocast."""
+    active = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if active else nullcontext()
 
 
 def _mean(h: Tensor, mask: Tensor | None) -> Tensor:

@@ -61,9 +61,11 @@ class Record(Rule):
     def after(self, step: Step) -> None:
         """Keep the errors of the update's micro-batches, of all processes."""
         for branch in self.branches:
-            for errors in branch.pending:
+            if branch.pending:
                 assert branch.window is not None
-                branch.window.push(_gathered(errors)[:, None])
+                # At once, since a window drops what comes with the value that fills it.
+                found = [_gathered(errors) for errors in branch.pending]
+                branch.window.push(torch.cat(found)[:, None])
             branch.pending.clear()
 
     def release(self) -> None:
