@@ -78,6 +78,8 @@ class Course:
         self.marks = Marks(self.plan, self.reader, services.watch, services.general)
         self.before: dict[str, float] = {}
         self.seconds, self.updates, self.absorbed = 0.0, 0, False
+        # The most weights that a phase has trained: later ones may train fewer.
+        self.trained = 0
         self.carried: dict[str, Any] | None = None
         self.phase: dict[str, Any] | None = None
         self.buffer = self._buffer()
@@ -199,6 +201,7 @@ class Course:
             pause=lambda make: self.services.pause(lambda: kept(make)),
         )
         loss = run_phase(training, phase, resume)
+        self.trained = max(self.trained, training.trained)
         self.carried = training.carried
         self.services.watch("task_end", {**self.where(), "phase": phase.name, "loss": loss})
         self.services.pause(self.state)
@@ -256,6 +259,7 @@ class Course:
             "before": self.before,
             "seconds": self.seconds + time.perf_counter() - self.started,
             "updates": self.updates,
+            "trained": self.trained,
             "absorbed": self.absorbed,
             "carried": self.carried,
             "phase": self.phase,
@@ -281,7 +285,8 @@ class Course:
         course.states, course.memories = state["states"], state["memories"]
         course.marks.restore(state["marks"])
         course.before, course.seconds = state["before"], state["seconds"]
-        course.updates, course.absorbed = state["updates"], state["absorbed"]
+        course.updates, course.trained = state["updates"], state.get("trained", 0)
+        course.absorbed = state["absorbed"]
         course.carried, course.phase = state["carried"], state["phase"]
         if course.buffer is not None:
             course.buffer.restore(state["buffer"])

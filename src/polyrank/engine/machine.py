@@ -196,6 +196,7 @@ class Engine:
     def _entries(self, course: Course) -> list[dict[str, Any]]:
         """Return one entry for every model that a system deploys; the first one is its own."""
         system, model = course.system, course.model
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         found: list[dict[str, Any]] = []
         for name, (restricted, unrestricted) in course.marks.matrices.items():
             own = not found
@@ -204,7 +205,7 @@ class Engine:
                 "label": system.label if own else f"{system.label} ({name})",
                 "role": system.role,
                 **self._figures(restricted.numpy(), unrestricted.numpy()),
-                "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "trainable": max(course.trained, trainable),
                 "adapter": self._save(model, system.name) if own else None,
                 "routing": self._routing(model, course.reader) if own else None,
                 "extra_samples": course.extra_samples(),
