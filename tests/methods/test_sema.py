@@ -9,12 +9,11 @@ import torch.distributed as dist
 from torch import nn
 
 import polyrank as pr
-from polyrank.errors import RunError
+from polyrank.errors import ConfigError, RunError
 from polyrank.frame import Flow, Out, Site, keyed
 from polyrank.layers import LinearHead, adapter_of
 from polyrank.parts.branches import Adapters, Descriptors, Expandable
 from polyrank.parts.describe import HoldRows, _gathered
-from polyrank.parts.masked import MaskedCrossEntropy
 from polyrank.parts.optimizer import build_optimizer
 from polyrank.parts.windows import Windows
 from polyrank.testing import MODELS, assert_close
@@ -228,6 +227,43 @@ def test_in_low_precision_means_and_statistics_stay_fine(kind):
     assert_close(answer.double(), run(exact, h.double()), dtype=kind)
 
 
+def test_autocast_rounds_neither_logits_nor_what_is_recorded():
+    block, h = branch(2).float(), hidden().float()
+    block.train().recording = True
+    told = {}
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            run(block, h)
+            block.eval().watched = True
+            run(block, h)
+        block.train().watched = False
+        told[enabled] = block.pending.pop(), block.left.pop("errors")
+    assert all(map(torch.equal, told[True], told[False]))
+    seen = []
+    block._logits = lambda m: seen.append(type(block)._logits(block, m)) or seen[-1]
+    run(block, h)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(block, h)
+    assert torch.equal(*seen)
+
+
+def test_processes_decide_on_their_rows_together(monkeypatch):
+    block = branch(3, live=False)
+    with torch.no_grad():
+        block.held_window.length.fill_(M)
+        block.held_window.values.copy_(torch.rand(3, M, generator=keyed("held")))
+    errors = torch.rand(7, 3, generator=keyed("errors")) + 2
+    other = block.held_window.scores(errors[5:], signed=False)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        dist, "all_reduce", lambda sums: sums.add_(torch.cat([other.sum(0), other.new_tensor([2])]))
+    )
+    together = block.score(errors[:5])
+    monkeypatch.undo()
+    assert together == pytest.approx(block.score(errors), rel=1e-12)
+
+
 def test_errors_are_means_over_features_and_teach_the_hidden_state_nothing():
     descriptors = Descriptors(D, Q, 2, keyed("ae")).double()
     m = hidden().mean(1).requires_grad_()
@@ -406,7 +442,7 @@ def test_rows_of_other_classes_get_no_gradient_and_shrink_by_the_decay_alone(hel
     model = pr.adapt(MODELS["vit"].build(), pr.method("sema", r=2, q=3, window=4, start=-1))
     adapter = adapter_of(model)
     adapter.head = head
-    loss, rule = MaskedCrossEntropy(), HoldRows()
+    loss, rule = model.peft_config["default"].build().task_loss(), HoldRows()
     loss.bind(adapter, Known((2, 3), 2))
     rule.bind(adapter, None, Known((2, 3), 2))
     group = {"params": [head.weight], "update": "sgd", "momentum": 0.9, "weight_decay": 0.5}
@@ -425,6 +461,8 @@ def test_rows_of_other_classes_get_no_gradient_and_shrink_by_the_decay_alone(hel
             rule.after(None)
         velocity = 0.9 * velocity + 0.5 * expected
         expected = expected - lr * velocity
+    with pytest.raises(ConfigError, match=r"^sema: 1 of 2 rows have labels outside the current"):
+        loss(Out(logits=torch.zeros(2, 6)), {"labels": torch.tensor([3, 1])})
     if held:
         assert torch.equal(head.weight[:2], start[:2])
     else:

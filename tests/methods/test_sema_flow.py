@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import T5ForSequenceClassification, TrainingArguments
 
 import polyrank as pr
 from polyrank.errors import CheckpointError, ConfigError, MergeError
@@ -147,6 +148,7 @@ def test_the_threshold_itself_adds_nothing():
         ({"r": 0}, "r: got 0, expected at least 1 rank"),
         ({"window": 2}, "window: got 2, expected >= 3"),
         ({"tau": 0.0}, "tau: got 0.0, expected > 0"),
+        ({"start": -2, "end": 1}, "start: got -2, from the end, with end = 1 from 0"),
         ({"rd_rate": 0.0}, "rd_rate: got 0.0, expected > 0"),
         ({"momentum": 1.0}, "momentum: got 1.0, expected below 1"),
         ({"decay": -1.0}, "decay: got -1.0, expected >= 0"),
@@ -176,8 +178,28 @@ def test_a_block_of_another_shape_is_refused():
 
 
 def test_t5_blocks_are_numbered_as_a_whole():
-    model = pr.adapt(MODELS["t5"].build(), pr.method("sema", r=2, q=3, window=4, start=0, end=0))
-    assert [b.path for b in adapter_of(model).blocks] == ["encoder.block.0", "decoder.block.0"]
+    method = pr.method("sema", r=2, q=3, window=4, start=0, end=0)
+    config = MODELS["t5"].build().config
+    model = pr.adapt(T5ForSequenceClassification(config), method)
+    paths = [b.path.removeprefix("transformer.") for b in adapter_of(model).blocks]
+    assert paths == ["encoder.block.0", "decoder.block.0"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_models_that_answer_word_by_word_are_refused(name):
+    with pytest.raises(ConfigError, match=r"early words would be told of those to come; use a cl"):
+        pr.adapt(MODELS[name].build(), pr.method("sema", r=2, q=3, window=4, start=-1))
+
+
+def test_a_loop_without_tasks_is_refused(tmp_path):
+    model = pr.adapt(MODELS["bert"].build(), pr.method("sema", r=2, q=3, window=4, start=-1))
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, max_steps=1)
+    trainer = pr.Trainer(model, arguments, train_dataset=[{"labels": 0}])
+    words = "losses of sema: got a loop without tasks.*; use polyrank.run"
+    with pytest.raises(ConfigError, match=words):
+        trainer.train()
+    with pytest.raises(ConfigError, match=words):
+        pr.attach(pr.optimizer(model, 0.1), model)
 
 
 def test_hidden_states_without_samples_are_refused():

@@ -1,12 +1,10 @@
 """sema on a stream: who trains when, what stays as it is, and runs that are stopped half-way."""
 
 import json
-import subprocess
-import sys
+import re
 
 import pytest
 import torch
-from safetensors import safe_open
 from transformers import ViTConfig, ViTForImageClassification
 
 import polyrank as pr
@@ -15,6 +13,7 @@ from polyrank.engine import course, machine
 from polyrank.layers import adapter_of
 from polyrank.parts.describe import branches_of
 from polyrank.parts.expand import Expand
+from polyrank.testing import assert_close
 from polyrank.testing.streams import few_digits, tiny_vit
 
 TRAIN = {"epochs": 1, "batch_size": 8, "lr": 1e-2, "weight_decay": 0.1}
@@ -32,11 +31,11 @@ def twelve():
         return ViTForImageClassification(config).eval()
 
 
-def go(out, model=None, tasks=2, **options):
+def go(out, model=None, tasks=2, train=None, **options):
     given = {**SMALL, "start": -2, "tau": 0.2, **options}
     return engine.run(
         model or tiny_vit(), few_digits(rows=16, tasks=tasks), pr.method("sema", **given),
-        train=TRAIN, references=[], out=out, save_every=1, progress=False,
+        train={**TRAIN, **(train or {})}, references=[], out=out, save_every=1, progress=False,
     )  # fmt: skip
 
 
@@ -189,6 +188,7 @@ PLACES = {
     and c["states"][0]["batch"] == 1 and c["phase"] is None,
     "func": inside("func-1"),
     "rd": inside("rd-1"),
+    "between": lambda c: c["group"] == 1 and c["stage"] == "begin",
 }  # fmt: skip
 
 
@@ -205,6 +205,36 @@ def whole(tmp_path_factory):
     return go(tmp_path_factory.mktemp("sema") / "whole")
 
 
+def test_two_micro_batches_of_four_rows_equal_one_batch_of_eight(whole, tmp_path):
+    halves = go(tmp_path / "halves", train={"batch_size": 4, "accumulation": 2})
+    ours, theirs = whole.model.state_dict(), halves.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert_close(theirs[name], value, tol=2e-5, reason="fp32 sums over some updates")
+    counts = [r.system()["figures"][0]["values"] for r in (whole, halves)]
+    assert counts[0] == counts[1]
+
+
+def test_the_most_weights_that_a_phase_trained_are_reported(whole):
+    # Task 1: two adapters, two rows of a router, and the head's three classes.
+    most = 2 * (2 * 16 * 2 + 2 + 16) + 2 * (16 + 1) + 3 * (16 + 1)
+    assert whole.system()["trainable"] == most
+    left = sum(p.numel() for p in whole.model.parameters() if p.requires_grad)
+    assert left == 6 * (16 + 1)
+
+
+def test_too_few_rows_to_look_at_are_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(pr.ConfigError) as caught:
+        go(tmp_path / "run", detect_batch=17)
+    (problem,) = caught.value.problems
+    words = r"sema: task '.*': detection: got 16 rows, .* one batch of 17; lower .*"
+    assert re.fullmatch(words, problem)
+    assert not (tmp_path / "run").exists()
+    sema = pr.method("sema", detect_batch=128, detect_least=7)
+    assert [len([*sema.too_few(n, first=False)]) for n in (6, 7)] == [1, 0]
+    assert [*sema.too_few(1, first=True)] == []
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_a_kill_inside_goes_on_to_the_same_bits(place, whole, tmp_path, monkeypatch):
     killed(tmp_path / "cut", monkeypatch, PLACES[place])
@@ -213,42 +243,10 @@ def test_a_kill_inside_goes_on_to_the_same_bits(place, whole, tmp_path, monkeypa
     same(whole, again)
 
 
-SCRIPT = """
-import sys, torch
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-torch.set_num_threads(1)
-from safetensors.torch import save_file
-import polyrank as pr
-from polyrank.testing.streams import tiny_vit
-from test_sema_runs import go
-again = go(Path(sys.argv[2]))
-loaded = pr.load(tiny_vit(), sys.argv[3]).eval()
-found = {f"again.{n}": t.clone() for n, t in again.model.state_dict().items()}
-found |= {f"loaded.{n}": t.clone() for n, t in loaded.state_dict().items()}
-save_file(found, sys.argv[4], {"figures": str(again.system()["figures"])})
-"""
-
-
-def test_another_process_goes_on_between_tasks_with_the_same_decisions(
-    whole, tmp_path, monkeypatch
-):
-    killed(tmp_path / "cut", monkeypatch, lambda c: c["group"] == 1 and c["stage"] == "begin")
-    adapter = whole.path / whole.system()["adapter"]
-    out = tmp_path / "found.safetensors"
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, (__file__.rpartition("/")[0], tmp_path / "cut",
-                                                  adapter, out))],
-        capture_output=True, text=True, check=False, timeout=240, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    with safe_open(out, "pt") as file:
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        assert file.metadata()["figures"] == str(whole.system()["figures"])
+def test_what_stands_on_disk_is_the_expanded_adapter(whole):
+    again = pr.load(tiny_vit(), whole.path / whole.system()["adapter"]).state_dict()
     ours = whole.model.state_dict()
-    # What stands on disk is the expanded adapter, rebuilt from its config.
-    assert found.keys() == {f"{kind}.{name}" for kind in ("again", "loaded") for name in ours}
-    assert all(torch.equal(found[f"again.{name}"], value) for name, value in ours.items())
     own = [name for name in ours if "polyrank_" in name]
-    assert all(torch.equal(found[f"loaded.{name}"], ours[name]) for name in own)
+    assert again.keys() == ours.keys()
+    assert all(torch.equal(again[name], ours[name]) for name in own)
     assert any(name.endswith("held_adapter.up_bias") and len(ours[name]) > 1 for name in own)

@@ -55,11 +55,11 @@ class Attachment:
         self.begun = self.graded = False
         entries = (adapter.method, *strategies)
         rules: list[Rule] = [rule for entry in entries for rule in entry.all_rules()]
-        lost = [entry.name for entry in entries if entry.losses() and not evaluated]
-        if lost:
+        if not evaluated and (lost := [entry.name for entry in entries if _lossy(entry)]):
             raise ConfigError(
-                f"losses of {', '.join(lost)}: no trainer evaluates them yet, and leaving them out "
-                "would train something else; add them to your own objective"
+                f"losses of {', '.join(lost)}: got a loop without tasks, in which no trainer "
+                "evaluates them yet, and leaving them out would train something else; use "
+                "polyrank.run, or add them to your own objective and say evaluated=True"
             )
         if problems := [*conflicts(rules), *self._mismatches(model)]:
             raise ConfigError(problems)
@@ -279,6 +279,11 @@ class Attachment:
             )
         plain = json.loads((base / "polyrank_rules.json").read_text(encoding="utf-8"))
         self.restore(load_file(str(base / "polyrank_rules.safetensors")), plain)
+
+
+def _lossy(entry: Any) -> bool:
+    """Say whether an entry trains by another loss than the model's own."""
+    return bool(entry.losses()) or entry.task_loss() is not None
 
 
 def _found_inf(optimizer: Optimizer) -> bool:

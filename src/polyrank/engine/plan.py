@@ -150,6 +150,12 @@ class Plan:
         for count, name in sorted(tasks.items()):
             for entry in entries:
                 yield from (f"{entry.name}: task {name!r}: {p}" for p in entry.too_short(count))
+        given = [*rows.items()]
+        for first, part in ((True, given[:1]), (False, given[1:])):
+            for count, name in sorted({count: name for name, count in reversed(part)}.items()):
+                for entry in entries:
+                    found = entry.too_few(count, first=first)
+                    yield from (f"{entry.name}: task {name!r}: {p}" for p in found)
 
     def _readings(self) -> Iterator[str]:
         """Yield what would read a training row more often than the stream allows."""

@@ -144,6 +144,10 @@ class _Slots:
         """Yield why a task of so many updates is too short; asked before anything is loaded."""
         yield from ()
 
+    def too_few(self, rows: int, *, first: bool) -> Iterator[str]:
+        """Yield why a task, the first or a later one, has too few training rows; asked likewise."""
+        yield from ()
+
     def all_rules(self) -> list[Rule]:
         """Return rules and wrapped penalties in the order in which they run.
 
@@ -163,6 +167,7 @@ class Method(_Slots):
     Class facts:
         scalings: the conventions that `scaling` may name, each one known to `scale`.
         linear: whether linear layers are adapted; False for a method of blocks alone.
+        words: whether it may act where an answer's words must not see those to come.
         lendable: a part of {"init", "optim"}, what other methods may take of this one.
         otherwise: for a method with updates of its own, how to do without: ", or …".
         sized: whether `r` says how many ranks a layer has; where it does not, `ranks` does.
@@ -180,6 +185,7 @@ class Method(_Slots):
     kind: ClassVar[str] = "method"
     scalings: ClassVar[tuple[str, ...]] = SCALINGS
     linear: ClassVar[bool] = True
+    words: ClassVar[bool] = True
     lendable: ClassVar[frozenset[str]] = frozenset()
     otherwise: ClassVar[str] = ""
     sized: ClassVar[bool] = True

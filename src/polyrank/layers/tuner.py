@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyrank.errors import ConfigError, MergeError
-from polyrank.frame import Head, Site, keyed
+from polyrank.frame import Head, Method, Site, keyed
 from polyrank.layers.archive import judge
 from polyrank.layers.compat import (
     TARGETS,
@@ -69,6 +69,7 @@ class PolyrankModel(BaseTuner):
         """
         config = cast("PolyrankConfig", self.peft_config[adapter_name])
         problems = [*name_problems(model, adapter_name), *head_problems(model, config)]
+        problems += _word_problems(model, config.build())
         if state_dict is None:
             problems += target_problems(model, config)
         if problems:
@@ -370,3 +371,13 @@ class PolyrankModel(BaseTuner):
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_tensors(tensors_of(model, adapter_name), found)
         return found
+
+
+def _word_problems(model: nn.Module, method: Method) -> Iterator[str]:
+    """Say why a method cannot act in a model that answers word by word."""
+    if not method.words and getattr(cast("Any", model), "can_generate", lambda: False)():
+        yield (
+            f"{method.name}: got {type(model).__name__}, which answers word by word, expected a "
+            "model that reads a whole input: early words would be told of those to come; use a "
+            "classifier, such as one for sequences"
+        )

@@ -11,17 +11,17 @@ Maths: out = h + MLP(norm(h)) + s D(h), D = Σ_k w_k (ReLU(h Wd_kᵀ + bd_k) Wu_
 Source: arXiv:2403.18886; huiyiwang01/SEMA-CL (5a45512) for |z|, batch means, biases, pooling.
 Differs from the released code: statistics of rd alone (`record`); m learns nothing; the head grows,
     so rows of later classes neither exist nor decay; the schedule is the run's, by update; what a
-    stream needs to go on is saved. Rates are the run's `lr`, theirs 0.005, with batches of 32.
-Limits: a classifier that grows; blocks with known norms, and in those that norm afterwards D is
-    added before the sum (own reconstruction). No merge, replica or replay. A mean over tokens
-    weighs them all alike: not for words that are to come. Cost: 2 d r + r + d weights an adapter,
-    2 d q + q + d a descriptor, which the export `answers` leaves out; one to four scans a task.
+    stream needs to go on is saved. Rates are the run's `lr`, theirs 0.005, with batches of 32. A
+    run warms up and clips gradients, theirs does neither: --train warmup=0 max_grad_norm=1e9.
+Limits: a classifier that grows, and `polyrank.run`, one process, whose phases no other loop has;
+    blocks with known norms, and in those that norm afterwards D is added before the sum (own
+    reconstruction). No merge, replica or replay. A mean over tokens weighs them all alike: not for
+    words that are to come. Cost: 2 d r + r + d weights an adapter, 2 d q + q + d a descriptor,
+    which the export `answers` leaves out; one to four scans a task.
 Status: formulas, decisions and resumption tested; published figures not verified. On digits (3
-    seeds, one CPU core, bench/streams.py, tau = 1.5) it forgets .31 among all classes and .03 among
-    a task's own, LoRA with masked .82 and .37, at accuracies of .45 and .31. Growth there is not
-    below linear: 9, 10 and 10 adapters of 10, for once a block has grown, deeper ones see what is
-    new to them; with the recipe's r = 16, seed 0, tau of 1, 1.5 and 2 give 10, 7 and 4, that is
-    none. On stdlib (tau = 1, seed 0) 12 of 18. With SGD, at these lengths, S stays below 0.9.
+    seeds, tau = 1.5, bench/results/streams-digits.md) it forgets .31 and LoRA with masked .82, at
+    accuracies of .45 and .31. Growth there is not below linear: 9, 10 and 10 adapters of 10, for
+    once a block has grown, deeper ones see what is new to them.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ class SEMA(Method):
     head_decay: bool = True
 
     linear: ClassVar = False
+    words: ClassVar = False
     merges = "never"
     trains = frozenset({"side", "router", "descriptor", "head"})
     needs = frozenset({"boundary", "classes", "passes"})
@@ -116,6 +117,11 @@ class SEMA(Method):
 
     def problems(self) -> Iterator[str]:
         """Check the range, the threshold, and what does not apply."""
+        if self.start < 0 <= self.end:
+            yield (
+                f"start: got {self.start}, from the end, with end = {self.end} from 0, expected "
+                "both the same way, or start from 0; give both from 0"
+            )
         if self.start > self.end and (self.start < 0) is (self.end < 0):
             yield f"start: got {self.start}, expected at most end, {self.end}; swap them"
         for name in ("tau", "rd_rate"):
@@ -160,7 +166,7 @@ class SEMA(Method):
 
     def task_loss(self) -> Loss:
         """Return the cross-entropy over the current task's classes."""
-        return MaskedCrossEntropy()
+        return MaskedCrossEntropy(self.name)
 
     def rules(self) -> list[Rule]:
         """Record errors."""
@@ -172,6 +178,15 @@ class SEMA(Method):
         given = {"signed": self.signed, "ordered": self.order == "ordered"}
         look = Detect(self.tau, self.detect_batch, self.detect_least, **given)
         return Expand(self.name, look, self._groups, self.rd_epochs)
+
+    def too_few(self, rows: int, *, first: bool) -> Iterator[str]:
+        """Ask for one batch to look at."""
+        least = min(self.detect_batch, self.detect_least or self.detect_batch)
+        if not first and rows < least:
+            yield (
+                f"detection: got {rows} rows, expected at least one batch of {least}; lower "
+                "detect_batch, or set detect_least"
+            )
 
     def unfit(self, strategies: Sequence[Strategy]) -> Iterator[str]:
         """Refuse rows of other tasks, which would count as the current one's."""

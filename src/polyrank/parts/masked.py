@@ -12,9 +12,16 @@ from polyrank.parts.distil import classes_of, refuse_strangers
 
 
 class MaskedCrossEntropy(Loss):
-    """−Σ_rows log softmax(z_N)_y."""
+    """−Σ_rows log softmax(z_N)_y.
+
+    Args:
+        entry: whose loss it is, for what it refuses.
+    """
 
     needs = frozenset({"logits"})
+
+    def __init__(self, entry: str = "masked") -> None:
+        self.entry = entry
 
     def bind(self, adapter: Adapter, workshop: Workshop | None) -> None:
         """Learn the classes of the task.
@@ -33,5 +40,5 @@ class MaskedCrossEntropy(Loss):
         assert out.logits is not None
         classes, labels = self.classes.to(out.logits.device), batch["labels"]
         place = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1)
-        refuse_strangers(classes[place] == labels, "masked")
+        refuse_strangers(classes[place] == labels, self.entry)
         return F.cross_entropy(wide(out.logits)[:, classes], place, reduction="sum")

@@ -124,7 +124,8 @@ class Case:
         made = optimizer(model, lr, weight_decay=0.01)
         others = list(extra)
         second = torch.optim.SGD(others, lr=lr) if others else None
-        attachment = attach(made, model, total=steps)
+        # What trains here is made up for all methods alike, and stands for a loss of their own.
+        attachment = attach(made, model, total=steps, evaluated=True)
         model.train()
         try:
             for step in range(steps):
@@ -158,7 +159,7 @@ def contract_cases(
     models: Iterable[str] = tuple(MODELS),
     condition: Condition | None = None,
 ) -> list[Case]:
-    """Return the cases of methods: every sample in every model.
+    """Return the cases of methods: every sample in every model that it may act in.
 
     Args:
         *methods: names, classes or instances; none means all registered methods.
@@ -178,4 +179,5 @@ def contract_cases(
         Case(method, index, MODELS[model], condition)
         for index, method in samples(*methods)
         for model in wanted
+        if method.words or not MODELS[model].speaks
     ]

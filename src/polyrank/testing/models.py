@@ -40,6 +40,11 @@ class Tiny:
         """Whether the answer is one row of class logits for each sample."""
         return self.kind in ("images", "sentences")
 
+    @property
+    def speaks(self) -> bool:
+        """Whether the answer is words, none of which may know those to come."""
+        return self.kind in ("tokens", "pairs")
+
     def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return the model in evaluation mode; its weights are drawn from a key."""
         with torch.random.fork_rng(devices=[]):
