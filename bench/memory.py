@@ -7,7 +7,8 @@ tokens. `step`: the most that one whole training step with AdamW takes (`peak_mi
 held between steps. `gather`: the highest that a forward and backward reach which gather Σ dyᵀ x of
 every layer, beside the same forward and backward whose sums are not made (`control`); a small
 vocabulary, as the highest point would else be that of the logits, where nothing is gathered.
-`largest_gradient_mib` is that of one layer, in fp32.
+`largest_gradient_mib` is that of one layer, in fp32: the sums may take it and a sixteenth, for wide
+copies of a few tokens.
 """
 
 import argparse

@@ -6,6 +6,9 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import polyrank as pr
 from polyrank.errors import ConfigError, InertError
@@ -222,8 +225,42 @@ def test_one_layers_gradient_is_on_the_device_at_a_time(monkeypatch):
 def test_wide_copies_are_of_a_part_of_the_tokens(monkeypatch):
     x, dy = torch.randn(7, 9, 4), torch.randn(7, 9, 3)
     whole = statistics.outer(dy.double(), x.double())
-    monkeypatch.setattr(statistics, "CHUNK", 5)
+    monkeypatch.setattr(statistics, "LEAST", 5)
     assert_close(statistics.outer(dy, x), whole)
+
+
+class _Allocated(TorchDispatchMode):
+    """Counts the bytes of what is made inside and still lives; views of older tensors are free."""
+
+    def __init__(self, *outside):
+        super().__init__()
+        self.old = {t.untyped_storage()._cdata for t in outside}
+        self.made, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in (leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.old:
+                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        living = (size for ref, size in self.made.values() if not ref.expired())
+        self.peak = max(self.peak, sum(living))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("sides", "wide"),
+    # Both sides long, so that a share of the gradient counts; and short, so that 64 tokens do.
+    [((2048, 2304), 4 * 2048 * 2304 // 16), ((96, 40), 64 * 4 * (96 + 40))],
+    ids=["share", "least"],
+)
+def test_a_gradient_takes_its_own_bytes_and_a_small_share(sides, wide):
+    dy, x = (torch.ones(2, 150, d, dtype=torch.bfloat16) for d in sides)
+    with _Allocated(dy, x) as counted:
+        found = statistics.outer(dy, x)
+    own = found.numel() * 4
+    assert bool((found == 300).all())
+    assert own < counted.peak <= own + wide
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "hooks"])

@@ -3,7 +3,7 @@
 The gradient by the weight that acts in a layer is Σ dyᵀ x, dy from the layer's output and x its
 input: no weight needs a gradient, so that quantised and shared bases work as well. Beside what a
 training step keeps (each layer's input), a device holds the gradient of one layer at a time, in
-fp32; the sums lie on the host.
+fp32, and a sixteenth of it (see `outer`); the sums lie on the host.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from polyrank.layers.precision import exact, without_tf32
 from polyrank.layers.root import hook_of
 from polyrank.layers.views import View
 
-# Tokens whose activations are widened to fp32 at once.
-CHUNK = 1024
+# Wide copies take this part of a gradient's bytes, or those of so many tokens if that is more.
+SHARE, LEAST = 16, 64
 # Parts of `wants` that a pass through the model shows, and the one that needs a backward.
 SEEN = frozenset({"weight_grad", "input", "output"})
 GRAD = "weight_grad"
@@ -187,13 +187,20 @@ def _useless(paths: list[str], what: str) -> str:
 def outer(dy: Tensor, x: Tensor) -> Tensor:
     """Return Σ dyᵀ x (d_out, d_in) in fp32, or in fp64 if one of them is; leading axes are tokens.
 
-    Wide copies are made of `CHUNK` tokens at a time.
+    Wide copies are made of n tokens at a time, n = max(64, d_out·d_in / 16 (d_out + d_in)), so that
+    with e bytes an element (4 or 8) no more is allocated than
+
+        e·d_out·d_in + max(e·d_out·d_in / 16, 64 e (d_out + d_in)),
+
+    beside one copy of an argument whose tokens do not lie as a matrix. Where both sides have 2048
+    or more, the first of the two is the larger.
     """
     dy, x = dy.detach().reshape(-1, dy.shape[-1]), x.detach().reshape(-1, x.shape[-1])
     dtype = torch.promote_types(torch.float32, torch.promote_types(dy.dtype, x.dtype))
     total = torch.zeros(dy.shape[1], x.shape[1], dtype=dtype, device=x.device)
+    size = max(LEAST, total.numel() // (SHARE * sum(total.shape)))
     with exact(x.device.type):
-        for rows, columns in zip(dy.split(CHUNK), x.split(CHUNK), strict=True):
+        for rows, columns in zip(dy.split(size), x.split(size), strict=True):
             total.addmm_(rows.to(dtype).t(), columns.to(dtype))
     return total
 
