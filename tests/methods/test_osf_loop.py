@@ -1,13 +1,17 @@
 """osf and full in one's own loop: projections, the end of a task, what is refused in time."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import polyrank as pr
+from polyrank.errors import ConfigError
 from polyrank.frame import keyed
-from polyrank.layers import adapter_of
+from polyrank.layers import absorb, adapter_of, redraw
+from polyrank.parts.resplit import end_task
 from polyrank.parts.subspaces import nest
+from polyrank.testing import assert_close
 
 
 def net(layers=2, rank=12):
@@ -81,3 +85,105 @@ def test_what_has_not_moved_keeps_its_bits_however_coarse_the_products(share, sm
     for view in views(model):
         A0, B0, S0 = view.shadow
         assert all(map(torch.equal, (view.A, view.B, view.core.weight), (A0, B0, S0)))
+
+
+@pytest.mark.parametrize("options", [{"effective_rank": 3}, {"schedule": "rising", "rise": 0.25}])
+def test_a_nested_split_stays_nested_in_ones_own_loop(options):
+    model = start(nested=True, **options)
+    held = [(v.core.high_u.clone(), v.core.high_v.clone()) for v in views(model)]
+    train(model, 30, lr=0.3)
+    with pytest.raises(ConfigError, match=r"absorb: at 0 .*parts.resplit.end_task"):
+        absorb(model, archive="folded")
+    x = torch.randn(4, 12, generator=keyed("x"))
+    expected, free = model(x), end_task(model, 0)
+    assert_close(model(x), expected)
+    assert free == {view.site.path: view.site.r for view in views(model)}
+    for view, (U, V) in zip(views(model), held, strict=True):
+        assert_close((view.core.high_u.mT @ U).square().sum(), torch.tensor(float(U.shape[1])))
+        assert_close((view.core.high_v @ V.mT).square().sum(), torch.tensor(float(len(V))))
+    with pytest.raises(ConfigError, match="end_task"):
+        absorb(model)
+
+
+def test_in_ones_own_loop_a_task_ends_as_the_engine_ends_it(bench):
+    options = {"schedule": "adaptive", "trr": 0.5, "rows": 12, "dtype": torch.float32}
+    work, own = (bench("osf", **options) for _ in range(2))
+    for each in (work, own):
+        each.begin(0)
+        each.steps(count=3)
+    work.end()
+    with pytest.raises(ConfigError, match="got no batches"):
+        end_task(own.model, 0)
+    batches = [{"x": batch["x"]} for batch in own.data("train")]
+    end_task(own.model, 0, batches)
+    assert [v.site.r for v in views(own.model)] == [v.site.r for v in work.adapter.layers]
+    for view, other in zip(views(own.model), work.adapter.layers, strict=True):
+        assert_close(view.weight(), other.weight())
+    with pytest.raises(ConfigError, match="'lora' does not split weights"):
+        end_task(start(name="lora"), 0)
+
+
+def test_the_free_rank_of_a_pattern_stays_through_the_tasks(bench):
+    work = bench("osf", schedule="rising", rise=0.25, dtype=torch.float32)
+    work.model = pr.adapt(
+        type(work.model.get_base_model())(), work.method, ["first", "second"], seed=1,
+        rank_pattern={"second": 9}, head="classifier",
+    )  # fmt: skip
+    for task in range(2):
+        work.begin(task)
+        work.steps(count=1)
+        work.end()
+        assert [view.site.r for view in work.adapter.layers] == [[3, 9], [2, 9]][task]
+    model = start(schedule="rising", rise=0.25, rank_pattern={"2": 11})
+    assert end_task(model, 0) == {"0": 6, "2": 11}
+
+
+def test_a_nested_split_needs_something_to_protect():
+    with pytest.raises(ConfigError, match="r at 2: got 12, all of its directions"):
+        start(nested=True, rank_pattern={"2": 12})
+
+
+def test_integers_of_other_libraries_are_integers():
+    assert [view.site.r for view in views(start(effective_rank=np.int64(4)))] == [8, 8]
+
+
+def test_what_would_train_in_vain_is_refused_before_it_trains():
+    with pytest.raises(ConfigError, match="all 2 layers are frozen as a whole"):
+        train(start(effective_rank=1.0))
+    tied = net(), net()
+    for model in tied:
+        model[2].weight = model[0].weight
+    with pytest.raises(ConfigError, match=r"base weight at [02]: is shared by 2 modules"):
+        train(start(tied[0]))
+    train(start(tied[1], "full"))
+
+
+def test_a_start_that_has_learnt_is_not_thrown_away():
+    model = start()
+    redraw(model)
+    train(model)
+    with pytest.raises(ConfigError, match="redraw: the split at 0 and 1 more layers has learnt"):
+        redraw(model)
+    absorb(model)
+    redraw(model)
+
+
+@pytest.mark.parametrize("parametrisation", ["factors", "core", "block"])
+def test_moments_of_the_old_split_are_not_for_the_new_one(parametrisation):
+    model = start(parametrisation=parametrisation)
+    old = train(model)
+    absorb(model, archive="folded")
+    with pytest.raises(ConfigError, match="optimizer: misses"):
+        train(model, optimizer=old)
+    train(model)
+
+
+def test_in_fp64_another_rank_is_as_exact():
+    model = start().double()
+    absorb(model, ranks={"0": 4, "2": 4})
+    view = views(model)[0]
+    assert {p.dtype for p in (view.A, view.B, *view.core.parameters())} == {torch.float64}
+    assert_close(
+        (view.B * view.core.weight) @ view.A,
+        (lambda U, S, V: (U[:, 8:] * S[8:]) @ V[8:])(*torch.linalg.svd(view.weight())),
+    )

@@ -67,6 +67,10 @@ class Core(nn.Module):
             rank whose value goes keeps its key.
         ordered: True if a rank means something behind all earlier ones only, so that what is kept
             of them is a prefix.
+        owns: True if the core was made from its base weight, which then no other module reads and
+            no other such core is made from.
+        unabsorbed: why the base weight must not take the update as it stands, and what to call
+            instead; empty if it may.
     """
 
     widths: tuple[int, int]
@@ -78,6 +82,8 @@ class Core(nn.Module):
     counting: bool = False
     competing: bool = False
     ordered: bool = False
+    owns: bool = False
+    unabsorbed: str = ""
 
     def count(self, counts: Tensor) -> None:
         """Take the number of tokens that chose each rank.

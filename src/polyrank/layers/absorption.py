@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from polyrank.errors import ConfigError, MergeError
 from polyrank.layers.archive import Archive, archived, witness
-from polyrank.layers.structure import note, rebuilt, redraw, unattached
+from polyrank.layers.ownership import readers, rivals
+from polyrank.layers.structure import note, rebuilt, refill, unattached
 from polyrank.layers.views import Factor, View, wide
 
 
@@ -28,6 +29,8 @@ def absorb(
 
     A saved adapter remembers a few entries of the changed weights. With an archive it also works on
     the original base, where the absorbed ranks act as a bank; without one it refuses that base.
+    Tensors are new ones even where shapes stay, so that an optimiser with moments of the old ones
+    is refused.
 
     Args:
         model: a PEFT model with a polyrank adapter.
@@ -44,7 +47,8 @@ def absorb(
         MergeError: if the update depends on the token or is not finite, the base is quantised, is
             shared with another module or has adapters merged into it, or rounding would lose some
             of the update and `lossy` is False; before anything changes.
-        ConfigError: if an optimiser is attached.
+        ConfigError: if an optimiser is attached, a core asks for more than this, or another
+            adapter was made from the same weights.
     """
     found = unattached(model, adapter, "absorb")
     if merged := sorted({n for view in found.layers for n in view.module.merged_adapters}):
@@ -57,12 +61,16 @@ def absorb(
             "absorb: a core that scales the base output is no product of factors and cannot be "
             "archived; pass archive=False"
         )
+    if kept := [view for view in found.layers if view.core.unabsorbed]:
+        raise ConfigError(f"absorb: at {kept[0].site.path} {kept[0].core.unabsorbed}")
+    if problems := [*rivals(found.layers)]:
+        raise ConfigError(problems)
     _check_shared(model, found.layers)
     _check_absorption(found.layers, lossy)
     for view in found.layers:
         _take_in(view, archive, None if ranks is None else ranks.get(view.site.path))
         note(model, view)
-    redraw(model, adapter=found.name, seed=seed, key=key)
+    refill(model, found, seed, key)
 
 
 def _take_in(view: View, archive: bool | str, r: int | None) -> None:
@@ -81,6 +89,7 @@ def _take_in(view: View, archive: bool | str, r: int | None) -> None:
     elif had_bank:
         with rebuilt(view):
             layer.polyrank_core[view.name] = view.method.core(view.site)
+    _renew(view)
     view.segments, view.order = [], None
 
 
@@ -94,21 +103,25 @@ def _resize(view: View, r: int) -> None:
         view.module.polyrank_core[view.name] = core
 
 
+def _renew(view: View) -> None:
+    """Let every parameter be another tensor."""
+    held = (view.module.polyrank_A, view.module.polyrank_B, view.module.polyrank_core)
+    for module in (m for each in held for m in each[view.name].modules()):
+        for name, param in module._parameters.items():
+            if param is not None:
+                module._parameters[name] = nn.Parameter(param.detach().clone(), param.requires_grad)
+
+
 def _check_shared(model: nn.Module, views: Sequence[View]) -> None:
     """Refuse to change a weight that another module reads too, such as tied embeddings."""
-    own = {id(view.module.dense_weight()): view for view in views}
-    readers: dict[int, list[str]] = {key: [] for key in own}
-    for path, module in model.named_modules():
-        for param in module._parameters.values():
-            if id(param) in readers:
-                readers[id(param)].append(path)
-    for key, paths in readers.items():
-        if len(paths) > 1:
-            raise MergeError(
-                f"absorb: the base weight at {own[key].site.path} is shared by {len(paths)} "
-                f"modules ({', '.join(paths[:2])}), and what one learns would change the others; "
-                "leave the layer out with exclude_modules, or untie the weights"
-            )
+    for view in views:
+        view.module.dense_weight()
+    for view, paths in readers(model, views):
+        raise MergeError(
+            f"absorb: the base weight at {view.site.path} is shared by {len(paths)} "
+            f"modules ({', '.join(paths[:2])}), and what one learns would change the others; "
+            "leave the layer out with exclude_modules, or untie the weights"
+        )
 
 
 def _with_update(view: View) -> Tensor:

@@ -43,7 +43,10 @@ def rebuilt(view: View) -> Iterator[None]:
     yield
     layer.polyrank_A[view.name].to(device, dtype)
     layer.polyrank_B[view.name].to(device, dtype)
-    layer.polyrank_core[view.name].to(device).train(training)
+    core = layer.polyrank_core[view.name].to(device).train(training)
+    if dtype == torch.float64:
+        # Below it a core knows by itself what stays in fp32.
+        core.to(dtype)
     layer.set_requires_grad(view.name, trained)
 
 
@@ -232,8 +235,23 @@ def _resized(view: View, r: int) -> Site:
 def redraw(
     model: nn.Module, *, adapter: str | None = None, seed: int = 0, key: str = "redraw"
 ) -> None:
-    """Write fresh starting values into factors and cores, keyed by (seed, adapter, path, key)."""
+    """Write fresh starting values into factors and cores, keyed by (seed, adapter, path, key).
+
+    Raises:
+        ConfigError: if cores made from their base weights have learnt something, which this would
+            throw away; before anything changes.
+    """
     found = adapter_of(model, adapter)
+    if learnt := [v.site.path for v in found.layers if v.core.owns and bool(v.delta().any())]:
+        raise ConfigError(
+            f"redraw: the split at {learnt[0]} and {len(learnt) - 1} more layers has learnt "
+            "something, which a new one throws away; call layers.absorb before, or delete_adapter"
+        )
+    refill(model, found, seed, key)
+
+
+def refill(model: nn.Module, found: ModelAdapter, seed: int, key: str) -> None:
+    """Do the same, whatever there was."""
     for view in found.layers:
         view.module.fill(found.name, seed, key)
         if view.shadow is not None or view.method.starting().wants:

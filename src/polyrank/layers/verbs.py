@@ -20,6 +20,7 @@ from polyrank.frame import method as make
 from polyrank.layers.adapter import adapter_of
 from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.gates import gate_statistics
+from polyrank.layers.ownership import untrainable
 from polyrank.layers.root import hook_of
 from polyrank.layers.views import View, wide
 
@@ -175,6 +176,8 @@ def parameter_groups(
             f"adapter {found.name!r}: nothing in it trains; load it with is_trainable=True, or "
             "call set_adapter with its name"
         )
+    if problems := [*untrainable(model, found)]:
+        raise ConfigError(problems)
     made = []
     for group in found.method.grouping(found, None) if groups is None else groups:
         decay = weight_decay if group.weight_decay is None else group.weight_decay

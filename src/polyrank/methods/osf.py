@@ -40,7 +40,8 @@ from typing import ClassVar
 
 from polyrank.frame import Adapter, Boundary, Core, Init, Method, Rule, Site, register
 from polyrank.parts.projection import PRECISIONS, Project
-from polyrank.parts.resplit import SCHEDULES, UNSURE, Resplit, Retention, share_problems
+from polyrank.parts.resplit import UNSURE, Resplit
+from polyrank.parts.retention import SCHEDULES, Retention, share_problems
 from polyrank.parts.subspaces import (
     REACHES,
     TRAINED,

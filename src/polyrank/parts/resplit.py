@@ -1,175 +1,29 @@
-"""How much of each weight a task may change, and what happens to it between tasks."""
+"""What happens to split weights between tasks: importance, absorption, the next split."""
 
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyrank.errors import ConfigError, MergeError, RunError
-from polyrank.frame import Boundary, Figure, Layer, Site, Workshop
+from polyrank.frame import Boundary, Figure, Layer, Workshop, keyed
+from polyrank.layers import absorb, adapter_of
+from polyrank.layers.compat import get_pattern_key
+from polyrank.layers.ownership import rivals
 from polyrank.layers.views import View
 from polyrank.parts.decompose import leading
+from polyrank.parts.importance import measure, seen_by
+from polyrank.parts.retention import Retention
 from polyrank.parts.settle import narrow
-from polyrank.parts.subspaces import Inner, Protecting, Tail, nest
+from polyrank.parts.subspaces import NESTED, Inner, Protecting, Tail, nest
 
-SCHEDULES = ("fixed", "progressive", "rising", "adaptive")
 UNSURE = ("refuse", "uniform")
 # Directions of each update that are remembered, for the picture of what protects them.
 REMEMBERED = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retention:
-    """The frozen rank k of a matrix with m singular values in task t, from 0; always 1 <= k <= m.
-
-    "fixed": k itself, or ⌊share · m⌋; "progressive": ⌊t m / tasks⌋; "rising": ⌊rise (t + 1) m⌋, or
-    of the larger width; "adaptive": round(ratio · m), the ratio a layer's own.
-
-    Attributes:
-        share: k as an int, or k / m.
-        capped: whether at least one direction stays free.
-        tasks: of the whole stream.
-        mrr, trr: the least and the target ratio, 0 <= mrr <= trr <= 1.
-        longer: whether "rising" counts the larger width.
-    """
-
-    schedule: str
-    share: float | int = 0.5
-    capped: bool = False
-    tasks: int = 0
-    rise: float = 0.0
-    longer: bool = False
-    mrr: float = 0.1
-    trr: float = 0.8
-
-    def rank(self, site: Site, task: int, ratio: float | None = None) -> int:
-        """Return k; `ratio` is the layer's own, None where nothing was measured: then trr."""
-        m = min(site.d_in, site.d_out)
-        if self.schedule == "fixed":
-            k = self.share if isinstance(self.share, int) else _floor(self.share * m)
-        elif self.schedule == "progressive":
-            # Behind the last task another split is made, which nobody trains.
-            k = min(task, self.tasks - 1) * m // self.tasks
-        elif self.schedule == "rising":
-            width = max(site.d_in, site.d_out) if self.longer else m
-            k = _floor(self.rise * (task + 1) * width)
-        else:
-            k = round((self.trr if ratio is None else ratio) * m)
-        return max(1, min(k, m - self.capped))
-
-    def ratios(self, importance: Mapping[str, float]) -> dict[str, float]:
-        """Return mrr + Ĩ (trr − mrr) by layer, Ĩ = I / (mean I + 1e-8), whose mean is trr.
-
-        Raises:
-            RunError: if the mean is not positive, so that Ĩ would turn over or explode.
-        """
-        mean = math.fsum(importance.values()) / len(importance)
-        if not (math.isfinite(mean) and mean > 0):
-            raise RunError(
-                f"importance: its mean over {len(importance)} layers is {mean:.3g}, expected a "
-                "number > 0 to divide by; go on with unsure='uniform', which retains trr "
-                "everywhere then, or with another schedule"
-            )
-        gain = self.trr - self.mrr
-        return {path: self.mrr + I / (mean + 1e-8) * gain for path, I in importance.items()}
-
-
-def share_problems(schedule: str, share: Any, free: Any) -> Iterator[str]:
-    """Say what is wrong with a frozen share (or rank) and a free share, both of "fixed"."""
-    whole = isinstance(share, numbers.Integral) and not isinstance(share, bool)
-    if share is not None and not (whole and share >= 1) and not _part(share):
-        yield (
-            f"effective_rank: got {share!r}, expected an integer >= 1 or a share in (0, 1]; "
-            "to freeze nothing use the method 'full'"
-        )
-    if free is not None and (not _part(free) or free == 1):
-        yield f"unfreeze_rank_ratio: got {free!r}, expected a share in (0, 1); 0.25 is common"
-    if share is not None and free is not None:
-        yield "effective_rank: given beside unfreeze_rank_ratio, which says the same; drop one"
-    if schedule != "fixed" and (share is not None or free is not None):
-        yield f"effective_rank: got it with schedule={schedule!r}; it is read by 'fixed'"
-
-
-def _part(value: Any) -> bool:
-    real = isinstance(value, numbers.Real) and not isinstance(value, (bool, numbers.Integral))
-    return real and 0 < value <= 1
-
-
-def _floor(value: float) -> int:
-    """Return the integer below, forgiving what rounding took away from a whole number."""
-    return math.floor(value + 1e-9)
-
-
-class Alike:
-    """Sums cos(x, y) over tokens for layers, of the first m coordinates of input and output.
-
-    y is what the adapted layer answers, without its bias; padding is left out.
-    """
-
-    def __init__(self) -> None:
-        self.totals: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    def __call__(self, layer: View, x: Tensor, y: Tensor) -> None:
-        """Take one pass: x (…, d_in), and y (…, d_out) of the base layer."""
-        flow, bias = layer.module.flow, layer.module.base_bias()
-        y = layer.add(y if bias is None else y - bias, x, flow)
-        mask = flow.tokens(layer.site.masks, x.shape[:-1])
-        m = min(x.shape[-1], y.shape[-1])
-        found = cosines(x[..., :m], y[..., :m])
-        found = found.flatten() if mask is None else found[mask.bool()]
-        path = layer.site.path
-        self.totals[path] = self.totals.get(path, 0.0) + found.sum(dtype=torch.float64)
-        self.counts[path] = self.counts.get(path, 0) + found.numel()
-
-    def means(self) -> dict[str, float]:
-        """Return the mean over all tokens, by path."""
-        return {path: float(total) / self.counts[path] for path, total in self.totals.items()}
-
-
-def cosines(x: Tensor, y: Tensor) -> Tensor:
-    """Return x·y / ((‖x‖ + 1e-8)(‖y‖ + 1e-8)) over the last axis, in fp32 at least."""
-    x, y = x.double(), y.double()
-    sizes = [torch.linalg.vector_norm(v, dim=-1) + 1e-8 for v in (x, y)]
-    return (x * y).sum(-1) / (sizes[0] * sizes[1])
-
-
-def measure(workshop: Workshop, role: str, rows: int) -> dict[str, float]:
-    """Return the importance of every adapted layer on rows of the task that has just ended."""
-    alike, layers = Alike(), {v.site.path: cast("View", v) for v in workshop.adapter.layers}
-    seed = int(torch.randint(2**31, (), generator=workshop.rng("importance")))
-
-    def seen(path: str, found: dict[str, Tensor]) -> None:
-        alike(layers[path], found["input"], found["output"])
-
-    batches = _limited(workshop.data(role, seed=seed), rows)
-    workshop.observe(batches, "linear", frozenset({"input", "output"}), seen)
-    means = alike.means()
-    if unseen := sorted(layers.keys() - means.keys()):
-        raise ConfigError(
-            f"importance: no token passes {unseen[0]} and {len(unseen) - 1} more layers; leave "
-            "them out with exclude_modules"
-        )
-    return means
-
-
-def _limited(batches: Iterable[dict[str, Any]], rows: int) -> Iterator[dict[str, Any]]:
-    for batch in batches:
-        if rows <= 0:
-            return
-        size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
-        keep = min(size, rows)
-        rows -= keep
-        yield {
-            k: v[:keep] if isinstance(v, Tensor) and v.dim() and len(v) == size else v
-            for k, v in batch.items()
-        }
 
 
 class Resplit(Boundary):
@@ -213,16 +67,11 @@ class Resplit(Boundary):
             MergeError: if the base is stored below fp32, and no loss was allowed.
             ConfigError: if nothing is free, more tasks come than were told, or another adapter has
                 split the same weights.
+            RunError: if the importance of the task before has no positive mean.
         """
         layers = workshop.adapter.layers
-        for view in (cast("View", layer) for layer in layers):
-            for name, other in view.module.views.items():
-                if name != view.name and isinstance(other.core, (Protecting, Inner)):
-                    raise ConfigError(
-                        f"{self.name}: adapter {name!r} has split the weight at {view.site.path} "
-                        "too, and what one of them learns moves what the other protects; delete "
-                        "one with delete_adapter"
-                    )
+        if problems := [*rivals(cast("Any", layers))]:
+            raise ConfigError(problems)
         if narrow(workshop.adapter) and not self.lossy:
             raise MergeError(
                 f"{self.name}: adds updates to base weights, and some are stored below fp32, where "
@@ -230,7 +79,14 @@ class Resplit(Boundary):
                 "by lossy=True"
             )
         memory = workshop.memory(self.name)
+        if unsure := memory.get("unsure"):
+            raise RunError(unsure)
         number = len(memory.setdefault("tasks", []))
+        if not number:
+            # What a pattern gave a layer is its own for all tasks.
+            given = {layer.site.path: layer.site.r for layer in layers}
+            drawn = {layer.site.path: _free(layer, self.retention, 0) for layer in layers}
+            memory["own"] = {path: r for path, r in given.items() if r != drawn[path]}
         if self.retention.schedule == "progressive" and number >= self.retention.tasks:
             raise ConfigError(
                 f"tasks: got {self.retention.tasks}, but another task begins, for which all "
@@ -243,39 +99,97 @@ class Resplit(Boundary):
             )
 
     def finish(self, task: Any, workshop: Workshop, state: dict[str, Any]) -> None:
-        """Measure, absorb, split anew, and note what the new split protects."""
-        memory, layers = workshop.memory(self.name), workshop.adapter.layers
+        """Measure, absorb, split anew, and note what the new split protects.
+
+        An importance without a positive mean stops the next task, and not the end of the last one.
+        """
+        memory = workshop.memory(self.name)
+        layers: Sequence[Layer] = workshop.adapter.layers
         number = len(memory["tasks"])
-        ratios: Mapping[str, float] = {}
+        ranks = {layer.site.path: layer.site.r for layer in layers}
+        importance: Mapping[str, float] = {}
         if self.retention.schedule == "adaptive":
             role = "train" if task is None or "train" in task.data else "text"
             importance = measure(workshop, role, self.rows)
             memory.setdefault("importance", []).append(importance)
-            ratios = self._ratios(importance)
+        try:
+            ranks = self.ranks(layers, number, importance, memory["own"])
+        except RunError as unsure:
+            memory["unsure"] = str(unsure)
         memory["tasks"].append(str(getattr(task, "name", f"task {number}")))
         retained = {v.site.path: min(v.site.d_in, v.site.d_out) - v.site.r for v in layers}
         memory.setdefault("retained", []).append(retained)
         memory.setdefault("directions", []).append(_directions(workshop))
-        ranks = {}
-        for site in (layer.site for layer in layers):
-            k = self.retention.rank(site, number + 1, ratios.get(site.path))
-            free = min(site.d_in, site.d_out) - k
-            ranks[site.path] = min(free, site.r) if self.nested else free
-        protected = _protected(workshop, ranks) if self.nested else {}
-        archive = "folded" if self.archive else False
-        workshop.absorb(lossy=self.lossy, archive=archive, ranks=ranks)
-        for layer in workshop.adapter.layers if self.nested else ():
-            nest(layer, *protected[layer.site.path])
-        shares = [_shares(workshop.adapter.layers, held) for held in memory["directions"]]
+
+        def absorbed(ranks: Mapping[str, int]) -> Sequence[Layer]:
+            archive = "folded" if self.archive else False
+            workshop.absorb(lossy=self.lossy, archive=archive, ranks=ranks)
+            return workshop.adapter.layers
+
+        layers = self.split(layers, ranks, absorbed, lambda path: workshop.rng(f"nested/{path}"))
+        shares = [_shares(layers, held) for held in memory["directions"]]
         memory.setdefault("protected", []).append(shares)
 
-    def _ratios(self, importance: Mapping[str, float]) -> Mapping[str, float]:
+    def ranks(
+        self,
+        layers: Sequence[Layer],
+        number: int,
+        importance: Mapping[str, float],
+        own: Mapping[str, int],
+    ) -> dict[str, int]:
+        """Return by layer what is free behind task `number`, from 0.
+
+        Args:
+            layers: as they are.
+            number: of the task that ends.
+            importance: by path, of "adaptive"; empty retains trr.
+            own: free ranks that a pattern gave to layers.
+
+        Raises:
+            RunError: as `Retention.ratios`, unless the method is to go on.
+        """
+        ratios: Mapping[str, float] = {}
+        if importance:
+            try:
+                ratios = self.retention.ratios(importance)
+            except RunError:
+                if self.unsure == "refuse":
+                    raise
+        found = {}
+        for layer in layers:
+            path, r = layer.site.path, layer.site.r
+            free = own.get(path, _free(layer, self.retention, number + 1, ratios.get(path)))
+            found[path] = min(free, r) if self.nested else free
+        return found
+
+    def split(
+        self,
+        layers: Sequence[Layer],
+        ranks: Mapping[str, int],
+        absorbed: Callable[[Mapping[str, int]], Sequence[Layer]],
+        rng: Callable[[str], torch.Generator],
+    ) -> Sequence[Layer]:
+        """Let the base take the update and split it anew; return the layers as they are then.
+
+        Args:
+            layers: as they are.
+            ranks: by path, what is free from now on.
+            absorbed: absorbs, with these ranks, and returns the layers.
+            rng: draws, by path.
+        """
+        if not self.nested:
+            return absorbed(ranks)
+        pairs = {v.site.path: _protected(v, ranks[v.site.path], rng(v.site.path)) for v in layers}
         try:
-            return self.retention.ratios(importance)
-        except RunError:
-            if self.unsure == "refuse":
-                raise
-            return {}
+            for layer in layers:
+                layer.core.unabsorbed = ""
+            layers = absorbed(ranks)
+            for layer in layers:
+                nest(layer, *pairs[layer.site.path])
+        finally:
+            for layer in layers:
+                layer.core.unabsorbed = NESTED
+        return layers
 
     def figures(self, workshop: Workshop, routing: dict[str, Any] | None) -> list[Figure]:
         """Return the retained share by layer and task, and what later splits protect."""
@@ -321,23 +235,78 @@ class Resplit(Boundary):
         return found
 
 
-def _protected(workshop: Workshop, ranks: Mapping[str, int]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return by layer what was protected, and as many directions of the update as join it."""
-    found = {}
-    for layer in workshop.adapter.layers:
-        core, path = cast("Tail", layer.core), layer.site.path
-        assert core.high_u is not None
-        assert core.high_v is not None
-        more = layer.site.r - ranks[path]
-        # Copies: the weight's own split is written over them first.
-        U, V = core.high_u.detach().clone(), core.high_v.detach().clone()
-        if more:
-            rng = workshop.rng(f"nested/{path}")
-            delta = cast("View", layer).delta()
-            u, _, v = leading(delta, more, rng, width=2 * more)
-            U, V = torch.cat([U, u.to(U)], 1), torch.cat([V, v.to(V)])
-        found[path] = U, V
-    return found
+def end_task(
+    model: nn.Module,
+    task: int,
+    batches: Iterable[dict[str, Any]] | None = None,
+    *,
+    adapter: str | None = None,
+    seed: int = 0,
+) -> dict[str, int]:
+    """End a task in one's own loop as the engine does: measure, absorb, split anew.
+
+    Args:
+        model: the adapted model, its optimiser detached.
+        task: number of the task that ends, from 0.
+        batches: of what the model is called with, by keyword; "adaptive" measures on the first.
+        adapter: its name; None is the active one.
+        seed: key of draws.
+
+    Returns:
+        What is free in each layer from now on, by path.
+
+    Raises:
+        ConfigError: if the method does not split weights, an optimiser is attached, or importance
+            is wanted and no batches are given.
+        RunError: as `Retention.ratios`; before anything changes.
+        MergeError: as `layers.absorb`; before anything changes.
+    """
+    found = adapter_of(model, adapter)
+    boundary, layers = found.method.boundary(), found.layers
+    if not isinstance(boundary, Resplit):
+        raise ConfigError(
+            f"end_task: {found.method.name!r} does not split weights; use layers.absorb"
+        )
+    importance: Mapping[str, float] = {}
+    if boundary.retention.schedule == "adaptive":
+        if batches is None:
+            raise ConfigError(
+                "end_task: schedule 'adaptive' measures importance, and got no batches; give some "
+                "of the task that ends, as {name: tensor} for the model's call"
+            )
+        importance = seen_by(model, layers, batches, boundary.rows)
+    pattern = cast("Any", model).peft_config[found.name].rank_pattern
+    keys = {v.site.path: get_pattern_key(list(pattern), v.site.path) for v in layers}
+    own = {path: pattern[key] for path, key in keys.items() if key in pattern}
+    ranks = boundary.ranks(layers, task, importance, own)
+
+    def absorbed(ranks: Mapping[str, int]) -> Sequence[Layer]:
+        absorb(
+            model, adapter=found.name, lossy=boundary.lossy, ranks=ranks, seed=seed,
+            archive="folded" if boundary.archive else False, key=f"absorb-{task}",
+        )  # fmt: skip
+        return adapter_of(model, found.name).layers
+
+    boundary.split(layers, ranks, absorbed, lambda path: keyed(seed, task, "nested", path))
+    return ranks
+
+
+def _free(layer: Layer, retention: Retention, task: int, ratio: float | None = None) -> int:
+    site = layer.site
+    return min(site.d_in, site.d_out) - retention.rank(site, task, ratio)
+
+
+def _protected(layer: Layer, r: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return what was protected, and as many directions of the update as join it to leave r."""
+    core = cast("Tail", layer.core)
+    assert core.high_u is not None
+    assert core.high_v is not None
+    # Copies: the weight's own split is written over them first.
+    U, V = core.high_u.detach().clone(), core.high_v.detach().clone()
+    if more := layer.site.r - r:
+        u, _, v = leading(cast("View", layer).delta(), more, rng, width=2 * more)
+        U, V = torch.cat([U, u.to(U)], 1), torch.cat([V, v.to(V)])
+    return U, V
 
 
 def _directions(workshop: Workshop) -> dict[str, dict[str, Tensor]]:

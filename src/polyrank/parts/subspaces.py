@@ -25,6 +25,11 @@ TRAINED = {
     "core": frozenset({"core"}),
     "block": frozenset({"A"}),
 }
+# Why `layers.absorb` alone would lose what a nested split protects.
+NESTED = (
+    "what is protected stays from task to task, which a plain split of the new weight would "
+    "forget; call polyrank.parts.resplit.end_task"
+)
 DRIVERS = ("auto", "gram", "svd", "gesvd", "gesvdj", "gesvda")
 
 
@@ -110,7 +115,7 @@ class Protecting(Core):
 
     def __init__(self, split: Split, *, both: bool = False) -> None:
         super().__init__()
-        self.split, self.bank = split, 0
+        self.split, self.bank, self.owns = split, 0, split.k > 0
         o, i, k, _ = split
         for name, shape, held in (
             ("high_u", (o, k), both or split.holds_u),
@@ -138,7 +143,7 @@ class Tail(Protecting):
 
     def __init__(self, split: Split, *, both: bool = False) -> None:
         super().__init__(split, both=both)
-        self.widths = (split.r, split.r)
+        self.widths, self.unabsorbed = (split.r, split.r), NESTED if both else ""
         self.weight = nn.Parameter(torch.empty(split.r))
 
     def fill(self, rng: torch.Generator) -> None:
@@ -170,7 +175,7 @@ class Inner(Core):
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
-        self.widths, self.bank = (columns, rows), 0
+        self.widths, self.bank, self.owns = (columns, rows), 0, True
         self.weight = nn.Parameter(torch.empty(rows, columns))
 
     def banked(self, ranks: int) -> None:
@@ -227,6 +232,11 @@ def core_of(parametrisation: str, site: Site, reach: str, *, both: bool = False)
         both: whether a tail keeps what is protected on both sides, though it could do without.
     """
     split = Split.of(site)
+    if both and not split.k:
+        raise ConfigError(
+            f"r at {site.path}: got {site.r}, all of its directions, of which a nested split has "
+            f"none to protect; use at most {site.r - 1} in rank_pattern"
+        )
     if parametrisation == "core":
         return Inner(*split.inner(reach))
     return Tail(split, both=both) if parametrisation == "factors" else Whole(split)
