@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,14 +22,18 @@ class Objective:
     """All losses of a phase.
 
     L = Σ_l w_l · Σ_rows l / n_l, where n_l counts the rows (or labels) of the loss's role over the
-    whole update and all processes. A `batchwise` loss is averaged over all micro-batches of all
-    processes, or added up over them if it is counted per "update".
+    whole update and all processes; losses of one class are counted each for itself. A `batchwise`
+    loss is averaged over all micro-batches of all processes, or added up over them if it is counted
+    per "update".
 
     Args:
         reader: runs the model.
         method: its losses.
         strategies: theirs, and perhaps another task loss.
         chosen: names of the losses of this phase, or losses of its own; None is all of them.
+
+    Raises:
+        ConfigError: for a name that no loss has, or several, and for a loss that is chosen twice.
     """
 
     def __init__(
@@ -48,13 +53,7 @@ class Objective:
             own.role = own.role or "train"
         self.losses = [own, *(loss for e in entries for loss in e.losses())]
         if chosen is not None:
-            names = {name_of(loss): loss for loss in self.losses}
-            called = [entry for entry in chosen if isinstance(entry, str)]
-            if unknown := [name for name in called if name not in names]:
-                raise ConfigError(
-                    f"phase: asks for the losses {unknown}, but there are {sorted(names)}"
-                )
-            self.losses = [names[e] if isinstance(e, str) else e for e in chosen]
+            self.losses = _chosen(self.losses, chosen)
         self.wants = frozenset(
             need for loss in self.losses for need in loss.needs if not need.startswith(TEACHER)
         ) & {"logits", "hidden", "embedding"} | {"logits"}
@@ -88,15 +87,15 @@ class Objective:
         """Say whether a loss reads what blocks left, which is not behind the model's output."""
         return any("sides" in loss.needs for loss in self.losses)
 
-    def counts(self, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, int]:
-        """Return n_l by loss over the micro-batches of an update and all processes."""
+    def counts(self, batches: Sequence[Mapping[str, Tensor]]) -> list[int]:
+        """Return n_l in the order of `losses`, over an update's micro-batches and all processes."""
         mask = self.reader.mask
         totals = [sum(_count(loss, b, mask(b)) for b in batches) for loss in self.losses]
         if _processes() > 1:
             summed = torch.tensor(totals, dtype=torch.float64)
             dist.all_reduce(summed)
             totals = [int(n) for n in summed.tolist()]
-        return {name_of(loss): n for loss, n in zip(self.losses, totals, strict=True)}
+        return totals
 
     def __call__(
         self,
@@ -104,7 +103,7 @@ class Objective:
         inner: nn.Module,
         flow: Flow,
         batch: dict[str, Tensor],
-        counts: Mapping[str, int],
+        counts: Sequence[int],
         micro: int,
     ) -> tuple[Tensor, Out]:
         """Return (the micro-batch's part of the update's loss, what the student left).
@@ -126,16 +125,18 @@ class Objective:
         total = out.logits.new_zeros((), dtype=torch.float32)
         if out.logits.dtype == torch.float64:
             total = total.double()
-        for loss in self.losses:
+        for loss, count in zip(self.losses, counts, strict=True):
             index = _rows(loss, batch)
             if index is not None and not len(index):
                 continue
             seen = out if index is None else _part(out, index)
+            if index is not None and "sides" in loss.needs:
+                seen.sides = _sides(out, index, len(batch["labels"]))
             if loss.teacher in teachers and _taught(loss):
                 places, taught = teachers[loss.teacher]
                 seen = replace(seen, teacher=_part(taught, _among(places, index)))
             term = loss(seen, batch if index is None else _slice(batch, index))
-            total = total + loss.weight * term / _parts(loss, counts, micro)
+            total = total + loss.weight * term / _parts(loss, count, micro)
         return total, out
 
     def _teachers(
@@ -169,11 +170,38 @@ def name_of(loss: Loss) -> str:
     return type(loss).__name__.lower()
 
 
-def _parts(loss: Loss, counts: Mapping[str, int], micro: int) -> int:
+def _chosen(losses: Sequence[Loss], chosen: Sequence[str | Loss]) -> list[Loss]:
+    """Return the losses of a phase in its order, those that it calls by name from `losses`."""
+    names: dict[str, list[Loss]] = {}
+    for loss in losses:
+        names.setdefault(name_of(loss), []).append(loss)
+    called = [entry for entry in chosen if isinstance(entry, str)]
+    if unknown := [name for name in called if name not in names]:
+        raise ConfigError(f"phase: asks for the losses {unknown}, but there are {sorted(names)}")
+    problems = [
+        f"phase: asks for the loss {name!r}, of which there are {len(names[name])}, expected "
+        "one; give the losses that are meant, not their name"
+        for name in sorted(set(called))
+        if len(names[name]) > 1
+    ]
+    found = [names[entry][0] if isinstance(entry, str) else entry for entry in chosen]
+    times = Counter(map(id, found))
+    problems += [
+        f"phase: the loss {name_of(loss)!r} is given {times[id(loss)]} times, expected once; leave "
+        "the others out, or raise its weight"
+        for loss in {id(loss): loss for loss in found}.values()
+        if times[id(loss)] > 1
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _parts(loss: Loss, count: int, micro: int) -> int:
     """Return what a term is divided by, so that the parts of all processes make the update's."""
     if loss.per == "update":
         return 1
-    return micro * _processes() if loss.batchwise else max(1, counts[name_of(loss)])
+    return micro * _processes() if loss.batchwise else max(1, count)
 
 
 def _processes() -> int:
@@ -224,3 +252,18 @@ def _part(out: Out, index: Tensor) -> Out:
         mask=pick(out.mask),
         stored=pick(out.stored),
     )
+
+
+def _sides(out: Out, index: Tensor, rows: int) -> dict[str, dict[str, Tensor]]:
+    """Return some of the rows of what blocks left, each of which must have one entry a row."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for path, side in out.sides.items():
+        for name, value in side.items():
+            if value.shape[:1] != (rows,):
+                raise ConfigError(
+                    f"{name!r} of {path}: got shape {tuple(value.shape)}, expected ({rows}, …), "
+                    "one entry a row, since a loss with a role reads it; let the block leave it "
+                    "so, or give the loss no role"
+                )
+            found.setdefault(path, {})[name] = value[index.to(value.device)]
+    return found
