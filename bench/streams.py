@@ -17,6 +17,7 @@ import torch
 
 import polyrank as pr
 from polyrank import engine
+from polyrank.frame import get
 from polyrank.streams import stream
 
 # About the published sum of thresholds, 0.65, in much shorter tasks: of 105 updates on digits, of
@@ -98,10 +99,12 @@ def main() -> None:
                 options = LOOKING.get(given.stream, options)
             if options.get("schedule") == "progressive":
                 options = {**options, "tasks": len(stream(given.stream, seed=seed))}
+            # What trains weights themselves knows no ranks.
+            sized = {"r": rank} if get(method).sized else {}
             result = engine.run(
                 None,
                 given.stream,
-                pr.method(method, r=rank, **options),
+                pr.method(method, **sized, **options),
                 strategies=[pr.method(word, **values) for word, values in strategies],
                 references=["joint", "probe"] if name == "sequential" else [],
                 train={**train, "lr": RATES.get(given.stream, {}).get(name, train["lr"])},

@@ -48,7 +48,7 @@ LONGER: dict[str, str] = {
     "src/polyrank/methods/mixlora.py": "thirteen options, each explained, and three routers",
     "src/polyrank/methods/moe_lora.py": "eleven published methods behind one set of options",
     "src/polyrank/methods/sema.py": "eighteen options, each explained",
-    "src/polyrank/methods/osf.py": "seventeen options, each explained, and four published settings",
+    "src/polyrank/methods/osf.py": "eighteen options, each explained, and four published settings",
     "src/polyrank/methods/sora.py": "twelve options, each explained, and two published settings",
 }
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import polyrank as pr
-from polyrank.frame import ROLES, Out, Step, keyed
+from polyrank.frame import ROLES, Out, Step, get, keyed
 from polyrank.layers import absorb, append, extend, grow_head, redraw, replica, saved_of, view
 
 D_IN, WIDTH, PER_TASK = 6, 10, 2
@@ -53,7 +53,9 @@ class Bench:
 
     def __init__(self, method="lora", dtype=torch.float64, heads=True, net=Net, **options):
         torch.manual_seed(5)
-        made = pr.method(method, **{"r": 3, **options})
+        # What trains weights themselves knows no ranks.
+        sized = {"r": 3} if get(method).sized else {}
+        made = pr.method(method, **{**sized, **options})
         place = {"head": "classifier"} if heads else {}
         self.model = pr.adapt(net(), made, ["first", "second"], seed=1, **place).to(dtype)
         self.dtype, self.method = dtype, made

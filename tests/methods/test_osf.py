@@ -343,7 +343,7 @@ def test_osf_11_copies_saved_and_compiled_models_keep_off(tmp_path):
 
 
 def test_osf_12_what_is_frozen_keeps_its_bits(bench):
-    work = bench("osf", r=8, dtype=torch.float32)
+    work = bench("osf", dtype=torch.float32)
     work.begin(0)
     trained = {id(p) for p in work.adapter.trained()}
     before = {n: p.clone() for n, p in work.model.named_parameters() if id(p) not in trained}

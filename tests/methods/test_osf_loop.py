@@ -6,12 +6,14 @@ import torch
 from torch import nn
 
 import polyrank as pr
+from polyrank import engine
 from polyrank.errors import ConfigError
 from polyrank.frame import keyed
 from polyrank.layers import absorb, adapter_of, redraw
 from polyrank.parts.resplit import end_task
 from polyrank.parts.subspaces import nest
 from polyrank.testing import assert_close
+from polyrank.testing.streams import few_digits
 
 
 def net(layers=2, rank=12):
@@ -187,3 +189,45 @@ def test_in_fp64_another_rank_is_as_exact():
         (view.B * view.core.weight) @ view.A,
         (lambda U, S, V: (U[:, 8:] * S[8:]) @ V[8:])(*torch.linalg.svd(view.weight())),
     )
+
+
+def test_decay_leaves_the_tail_alone_unless_asked_for():
+    for decayed, most in ((False, 0.0), (True, 1.0)):
+        groups = pr.parameter_groups(start(decayed=decayed), lr=0.1, weight_decay=0.5)
+        decays = {tuple(p.shape): g["weight_decay"] for g in groups for p in g["params"]}
+        # U_l, V_l, and S_l, which as a gate never decays.
+        assert decays == {(12, 6): 0.5 * most, (6, 12): 0.5 * most, (6,): 0.0}
+    groups = pr.parameter_groups(start(parametrisation="block"), lr=0.1, weight_decay=0.5)
+    assert [group["weight_decay"] for group in groups] == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("osf", {"r": 64}, "r: got 64, expected 8, since 'osf' trains weights"),
+        ("osf", {"alpha": 4.0}, "alpha: got 4.0, expected 16.0"),
+        ("full", {"r": 4}, "r: got 4, .*leave it out"),
+        ("full", {"dropout": 0.1}, "dropout: got 0.1, expected 0.0"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(name, options, says):
+    with pytest.raises(ConfigError, match=says):
+        pr.method(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"schedule": "progressive", "tasks": 2}, "tasks: got 2, and 3 tasks come"),
+        ({"schedule": "rising", "rise": 0.5}, r"rise: got 0.5, with which task 2 of 3 .*0.333"),
+        ({"schedule": "adaptive", "trr": 1.0}, "trr: got 1"),
+        ({"effective_rank": 1.0}, "effective_rank: got 1.0"),
+    ],
+)
+def test_a_stream_that_outlasts_what_is_free_is_refused_before_a_model_is_loaded(
+    options, says, tmp_path
+):
+    with pytest.raises(ConfigError, match=says):
+        engine.run(None, few_digits(rows=8, tasks=3), pr.method("osf", **options), out=tmp_path)
+    assert not [*pr.method("osf", preset="t5").too_long(14)]
+    assert [*pr.method("osf", preset="t5").too_long(15)]

@@ -143,6 +143,8 @@ class Plan:
                 f"{self.method.name}: its start looks at {wanted} rows, and task {few[0]!r} has "
                 f"{rows[few[0]]}; let it look at fewer, or give the task more"
             )
+        for entry in entries:
+            yield from (f"{entry.name}: {p}" for p in entry.too_long(len(rows)))
         size = self.settings.batch_size * self.settings.accumulation
         updates = {name: -(-count // size) * self.settings.epochs for name, count in rows.items()}
         # Tasks of one length say the same.

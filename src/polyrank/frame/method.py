@@ -148,6 +148,10 @@ class _Slots:
         """Yield why a task, the first or a later one, has too few training rows; asked likewise."""
         yield from ()
 
+    def too_long(self, tasks: int) -> Iterator[str]:
+        """Yield why a stream of so many tasks is too long; asked likewise."""
+        yield from ()
+
     def all_rules(self) -> list[Rule]:
         """Return rules and wrapped penalties in the order in which they run.
 
@@ -288,8 +292,7 @@ class Method(_Slots):
         if what not in self.lendable:
             yield f"{self.name} has no {word} that stands alone"
         elif not isinstance(core := to.core(probe), Identity):
-            name = type(core).__name__
-            yield f"it holds for factors alone, and {to.name} has {name} between them"
+            yield f"it holds for factors alone; {to.name} has {type(core).__name__} between them"
         elif to.decides(what):
             yield f"{to.name} has its own {word}"
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from polyrank.frame import Adapter, Core, Init, Method, Site, register
+from polyrank.parts.retention import unread_problems
 from polyrank.parts.subspaces import Split, Whole, WholeStart, moved
 
 
@@ -35,8 +36,7 @@ class Full(Method):
 
     def problems(self) -> Iterator[str]:
         """Check what would make it another method."""
-        if self.scaling != 1.0:
-            yield f"scaling: got {self.scaling!r}, expected 1.0; set the learning rate instead"
+        yield from unread_problems(self, scaling=1.0)
 
     def ranks(self, site: Site) -> int:
         """All of them."""

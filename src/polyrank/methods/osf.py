@@ -35,13 +35,13 @@ Status: every property tested; published figures not verified; on digits (bench/
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-from polyrank.frame import Adapter, Boundary, Core, Init, Method, Rule, Site, register
+from polyrank.frame import Adapter, Boundary, Core, Group, Init, Method, Rule, Site, register
 from polyrank.parts.projection import PRECISIONS, Project
 from polyrank.parts.resplit import UNSURE, Resplit
-from polyrank.parts.retention import SCHEDULES, Retention, share_problems
+from polyrank.parts.retention import SCHEDULES, Retention, share_problems, unread_problems
 from polyrank.parts.subspaces import (
     REACHES,
     TRAINED,
@@ -73,6 +73,7 @@ class OSF(Method):
         reproject: whether parameters are projected after each step.
         nested: whether what was protected once stays so, and directions of the update join it.
         released: "rising" counts the larger width, as released.
+        decayed: whether the run's weight decay acts on factors, so that the tail itself fades.
         lossy: whether a base below fp32 may round a part of every update away.
         archive: whether a saved adapter fits the original base too.
     """
@@ -93,6 +94,7 @@ class OSF(Method):
     reproject: bool = True
     nested: bool = False
     released: bool = False
+    decayed: bool = False
     lossy: bool = False
     archive: bool = True
 
@@ -126,9 +128,25 @@ class OSF(Method):
             yield f"rise: got {self.rise}, expected > 0; 0.07 is what ran on T5"
         if self.nested and self.parametrisation != "factors":
             yield f"nested: got true with {self.parametrisation!r}, expected 'factors'; drop one"
-        for name, only in (("scaling", 1.0), ("dropout", 0.0)):
-            if (got := getattr(self, name)) != only:
-                yield f"{name}: got {got!r}, expected {only}; the factors are parts of the weight"
+        yield from unread_problems(self, scaling=1.0)
+
+    def too_long(self, tasks: int) -> Iterator[str]:
+        """Refuse streams some tasks of which would train nothing."""
+        yield from self.retention().frozen(tasks)
+
+    def groups(self, adapter: Adapter, args: Any = None) -> list[Group]:
+        """Leave the tail out of decay, unless it is asked for."""
+        found = super().groups(adapter, args)
+        if self.decayed or self.parametrisation != "factors":
+            return found
+        own = {id(p) for role in ("A", "B") for p in adapter.roles().get(role, ())}
+        kept: list[Group] = []
+        for group in found:
+            tail = [p for p in group.params if id(p) in own]
+            rest = [p for p in group.params if id(p) not in own]
+            kept += [replace(group, params=rest)] if rest else []
+            kept += [replace(group, params=tail, weight_decay=0.0)] if tail else []
+        return kept
 
     def retention(self) -> Retention:
         """Return how much is retained, and when."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyrank.errors import RunError
-from polyrank.frame import Site
+from polyrank.frame import Method, Site
 
 SCHEDULES = ("fixed", "progressive", "rising", "adaptive")
 
@@ -54,6 +54,24 @@ class Retention:
             k = round((self.trr if ratio is None else ratio) * m)
         return max(1, min(k, m - self.capped))
 
+    def frozen(self, tasks: int) -> Iterator[str]:
+        """Say which of so many tasks would find nothing free, whatever the model."""
+        whole = isinstance(self.share, numbers.Integral)
+        if self.schedule == "progressive" and tasks > self.tasks:
+            yield (
+                f"tasks: got {self.tasks}, and {tasks} tasks come, of which the last find all "
+                "directions frozen; give the length of the whole stream"
+            )
+        elif self.schedule == "rising" and self.rise * tasks > 1 - 1e-9:
+            yield (
+                f"rise: got {self.rise:g}, with which task {math.ceil(1 / self.rise - 1e-9)} of "
+                f"{tasks} finds all directions frozen; use less than {1 / tasks:.3g}"
+            )
+        elif self.schedule == "adaptive" and self.trr == 1:
+            yield "trr: got 1, with which the first task finds all directions frozen; use 0.8"
+        elif self.schedule == "fixed" and not whole and not self.capped and self.share == 1:
+            yield "effective_rank: got 1.0, which freezes all directions; use 0.5"
+
     def ratios(self, importance: Mapping[str, float]) -> dict[str, float]:
         """Return mrr + Ĩ (trr − mrr) by layer, Ĩ = I / (mean I + 1e-8), whose mean is trr.
 
@@ -85,6 +103,16 @@ def share_problems(schedule: str, share: Any, free: Any) -> Iterator[str]:
         yield "effective_rank: given beside unfreeze_rank_ratio, which says the same; drop one"
     if schedule != "fixed" and (share is not None or free is not None):
         yield f"effective_rank: got it with schedule={schedule!r}; it is read by 'fixed'"
+
+
+def unread_problems(method: Method, **only: Any) -> Iterator[str]:
+    """Refuse options that mean nothing where weights themselves train."""
+    for name, value in {"r": Method.r, "alpha": Method.alpha, "dropout": 0.0, **only}.items():
+        if (got := getattr(method, name)) != value:
+            yield (
+                f"{name}: got {got!r}, expected {value!r}, since {method.name!r} trains weights "
+                "themselves and does not read it; leave it out"
+            )
 
 
 def _part(value: Any) -> bool:
