@@ -9,7 +9,7 @@ import torch
 from transformers import T5ForSequenceClassification, TrainingArguments
 
 import polyrank as pr
-from polyrank.errors import CheckpointError, ConfigError, MergeError
+from polyrank.errors import CheckpointError, ConfigError, InertError, MergeError
 from polyrank.frame import Flow, Site, keyed
 from polyrank.frame.combine import combination_problems
 from polyrank.io.adapters import write_saved
@@ -200,6 +200,13 @@ def test_a_loop_without_tasks_is_refused(tmp_path):
         trainer.train()
     with pytest.raises(ConfigError, match=words):
         pr.attach(pr.optimizer(model, 0.1), model)
+    model.train()
+    optimizer = pr.optimizer(model, 0.1)
+    batch = MODELS["bert"].inputs()
+    model(**batch).logits.square().sum().backward()
+    optimizer.step()
+    with pytest.raises(InertError, match="what 'sema' does at every update did not run"):
+        model(**batch)
 
 
 def test_hidden_states_without_samples_are_refused():

@@ -35,7 +35,8 @@ class Automatic:
         for hook in list(HOOKS.values()):
             model = hook.root() if hook.root is not None else None
             for name, view in hook.probes.items():
-                if model is not None and id(view.B) in held:
+                own = {id(p) for params in view.parameters().values() for p in params}
+                if model is not None and own & held:
                     self._join(optimizer, model, hook, name)
 
     def _join(self, optimizer: Optimizer, model: nn.Module, hook: FlowHook, name: str) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from polyrank.errors import ConfigError, InertError
-from polyrank.frame import Flow
+from polyrank.frame import Flow, Method
 
 if TYPE_CHECKING:
     from polyrank.layers.views import View
@@ -38,7 +38,8 @@ class FlowHook:
         self.flow = flow
         self.names = [p.name for p in inspect.signature(model.forward).parameters.values()]
         self.before: list[dict[str, object] | None] = []
-        self.probes: dict[str, View] = {}
+        # One view, or block, of every adapter that does something at every update.
+        self.probes: dict[str, View | Side] = {}
         # One view of every adapter whose start wants statistics.
         self.starts: dict[str, View] = {}
         self._register(weakref.ref(model))
@@ -95,6 +96,15 @@ class FlowHook:
                     "it would train as plain LoRA; call polyrank.initialise(model, batches) before "
                     "the optimiser is made"
                 )
+            if view.hollow and view.acts() and not view.B.is_meta:
+                if not bool(view.B.any()):
+                    raise InertError(
+                        f"adapter {name!r}: its config is that of an adapter which has started "
+                        "already, and its tensors were never loaded, so it would train as another "
+                        "method; load them with PeftModel.from_pretrained, use a fresh config, or "
+                        "call polyrank.layers.redraw(model)"
+                    )
+                view.hollow = False
         if torch.compiler.is_compiling():
             # Rules begin outside of the graph, which would keep the numbers of its first forward.
             training_forward(self.flow.draw, self.number)
@@ -136,6 +146,22 @@ class FlowHook:
         self.flow.stepped.clear()
 
 
+class Side(NamedTuple):
+    """The block of one adapter, of which there is no view."""
+
+    host: Any
+    name: str
+
+    @property
+    def method(self) -> Method:
+        """What the adapter was made by."""
+        return cast("Method", self.host.methods[self.name])
+
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Return what trains, by role."""
+        return cast("dict[str, list[nn.Parameter]]", self.host.parameters_of(self.name))
+
+
 class _Mark(NamedTuple):
     """What tells whether the weights of an adapter changed: version counters, or some values."""
 
@@ -152,7 +178,7 @@ class _Mark(NamedTuple):
         return torch.equal(self.values, before.values)
 
 
-def _mark(view: View, attached: bool) -> _Mark:
+def _mark(view: View | Side, attached: bool) -> _Mark:
     params = [p for group in view.parameters().values() for p in group if p.requires_grad]
     ids = [id(p) for p in params]
     if attached or not params:

@@ -40,7 +40,7 @@ from polyrank.layers.placement import (
     tensors_of,
     width_of,
 )
-from polyrank.layers.root import ensure_flow, hook_of, remove_flow
+from polyrank.layers.root import Side, ensure_flow, hook_of, remove_flow
 
 
 class PolyrankModel(BaseTuner):
@@ -135,8 +135,12 @@ class PolyrankModel(BaseTuner):
         first = next(
             (m for m in model.modules() if isinstance(m, AdaptedLinear) and name in m.views), None
         )
-        if hook is not None and first is not None and self._method.steered():
-            hook.probes[name] = first.views[name]
+        hosts = (m for m in model.modules() if isinstance(m, BlockHost) and name in m.owned)
+        if hook is not None and self._method.steered():
+            if first is not None:
+                hook.probes[name] = first.views[name]
+            elif (side := next(hosts, None)) is not None:
+                hook.probes[name] = Side(side, name)
         if hook is not None and first is not None and self._method.starting().wants:
             hook.starts[name] = first.views[name]
 
@@ -370,6 +374,9 @@ class PolyrankModel(BaseTuner):
     ) -> dict[str, Tensor]:
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_tensors(tensors_of(model, adapter_name), found)
+        for module in model.modules():
+            if isinstance(module, AdaptedLinear) and adapter_name in module.views:
+                module.views[adapter_name].hollow = False
         return found
 
 
