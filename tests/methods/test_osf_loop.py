@@ -1,13 +1,16 @@
 """osf and full in one's own loop: projections, the end of a task, what is refused in time."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 import polyrank as pr
 from polyrank import engine
-from polyrank.errors import ConfigError
+from polyrank.errors import ConfigError, InertError
 from polyrank.frame import keyed
 from polyrank.layers import absorb, adapter_of, redraw
 from polyrank.parts.resplit import end_task
@@ -231,3 +234,33 @@ def test_a_stream_that_outlasts_what_is_free_is_refused_before_a_model_is_loaded
         engine.run(None, few_digits(rows=8, tasks=3), pr.method("osf", **options), out=tmp_path)
     assert not [*pr.method("osf", preset="t5").too_long(14)]
     assert [*pr.method("osf", preset="t5").too_long(15)]
+
+
+@pytest.mark.parametrize("name", ["osf", "lora-ga"])
+def test_a_used_config_without_its_tensors_does_not_train(name, tmp_path):
+    if name == "osf":
+        model = start()
+    else:
+        model = start(name=name, r=2)
+        rows = torch.randn(2, 4, 12, generator=keyed("ga"))
+        pr.initialise(model, [rows], lambda model, batch: model(batch[0]).square().mean())
+    model.save_pretrained(tmp_path)
+    used = copy.deepcopy(model.peft_config["default"])
+    saved = PeftConfig.from_pretrained(tmp_path)
+    saved.inference_mode = False
+    for config in (used, saved):
+        again = get_peft_model(net(), config)
+        with pytest.raises(InertError, match="its tensors were never loaded"):
+            train(again)
+    train(PeftModel.from_pretrained(net(), str(tmp_path), is_trainable=True))
+    if name == "osf":
+        again = get_peft_model(net(), used)
+        redraw(again)
+        train(again)
+        expected = copy.deepcopy(model)
+        train(expected)
+        assert_close(views(again)[0].delta(), views(expected)[0].delta())
+    # What takes its values another way has them all the same.
+    other = get_peft_model(net(), used)
+    other.load_state_dict(model.state_dict())
+    train(other)

@@ -100,6 +100,8 @@ class View(Layer):
         self.evaluating = False
         # The method's start wants statistics that were not gathered yet.
         self.waiting = False
+        # Its config says that it has started, and no tensors have followed yet.
+        self.hollow = False
 
     @property
     def A(self) -> nn.Parameter:  # type: ignore[override]
@@ -183,7 +185,7 @@ class View(Layer):
             weight = getattr(self.module.get_base_layer(), "weight", None)
             stat = None if weight is None or weight.is_meta else {"weight": self.weight()}
         without = bool(start.wants) and stat is None
-        self.waiting = without and not started
+        self.waiting, self.hollow = without and not started, without and started
         if self.waiting:
             self.shadow = None
         (KaimingZero() if without else start).fill(self, stat, rng)
