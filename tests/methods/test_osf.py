@@ -437,6 +437,15 @@ def test_on_a_square_weight_the_core_reaches_what_the_rule_allows():
 def test_the_block_rule_removes_the_high_block_alone():
     model = start((17, 11), parametrisation="block")
     U, _, V, _ = split_of(model)
+    rule, view = Project(), layer_of(model)
+    rule.bind(adapter_of(model), None, None)
+    loss_of(model, (17, 11)).backward()
+    before = view.A.grad.clone()
+    rule.grads(STEP)
+    high = U.T @ view.A.grad.double() @ V.T
+    assert float(torch.linalg.norm(high)) <= 1e-6 * float(torch.linalg.norm(before))
+    assert float(torch.linalg.norm(view.A.grad - before)) > 1e-2 * float(torch.linalg.norm(before))
+    model.zero_grad()
     train(model, (17, 11), steps=20)
     delta = layer_of(model).A.detach().double()
     scale = float(torch.linalg.norm(delta))

@@ -8,6 +8,7 @@ from peft import PeftModel
 
 import polyrank as pr
 from polyrank import engine
+from polyrank.engine.state import model_state, restore_model
 from polyrank.errors import CheckpointError
 from polyrank.layers import absorb, adapter_of, saved_of
 from polyrank.parts.subspaces import Tail
@@ -77,6 +78,13 @@ def test_a_layer_that_is_frozen_as_a_whole_is_saved_loaded_and_merged(tmp_path):
         p == paths[0] for p in paths
     ]
     assert_close(shown(again), expected)
+    resumed = restore_model(copy.deepcopy(base), model_state(model, base=True))
+    made = pr.optimizer(resumed, lr=0.0)
+    attached = pr.attach(made, resumed)
+    resumed.train()(pixel_values=torch.ones(1, 1, 8, 8)).logits.sum().backward()
+    made.step()
+    attached.detach()
+    assert_close(shown(resumed.eval()), expected)
     assert_close(shown(copy.deepcopy(model).merge_and_unload()), expected)
 
 

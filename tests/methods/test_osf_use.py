@@ -10,7 +10,7 @@ import polyrank as pr
 from polyrank.errors import ConfigError, MergeError, RunError
 from polyrank.frame import Site
 from polyrank.layers import adapter_of, append, keep
-from polyrank.parts.importance import cosines, measure
+from polyrank.parts.importance import _limited, cosines, measure
 from polyrank.parts.retention import Retention
 from polyrank.testing import assert_close
 
@@ -103,6 +103,9 @@ def test_the_importance_is_the_mean_cosine_of_what_acts_now(bench):
     h = first.module(x).tanh()
     z = h @ (second.weight() + second.delta()).T
     assert_close(found["second"], nn.functional.cosine_similarity(h, z).mean(), **near)
+    # Of batches of five rows, the second gives two.
+    given = ({"x": torch.zeros(5, 2), "name": "kept"} for _ in range(3))
+    assert [(len(b["x"]), b["name"]) for b in _limited(given, 7)] == [(5, "kept"), (2, "kept")]
     part = measure(work, "train", 7)
     assert part.keys() == found.keys()
     assert part["first"] != found["first"]
@@ -243,16 +246,18 @@ def test_pictures_tell_what_is_retained_and_how_far_it_is_protected(bench):
             assert all(0 <= v <= 1 + 1e-6 for v in values[row:])
         # Of the first task's update, more is frozen the more is retained.
         assert figure.values[0][0] < figure.values[0][2]
-    by_hand = []
+    by_hand, within = [], []
     for layer, delta in zip(work.adapter.layers, deltas, strict=True):
         W = layer.weight()
         k = min(W.shape) - layer.site.r
-        U, _, _ = torch.linalg.svd(W, full_matrices=False)
-        P, S, _ = torch.linalg.svd(delta, full_matrices=False)
-        P = (P * S)[:, :8]
+        U, _, V = torch.linalg.svd(W, full_matrices=False)
+        P, S, Q = torch.linalg.svd(delta, full_matrices=False)
+        P, Q = (P * S)[:, :8], (S[:, None] * Q)[:8].T
         by_hand.append(float((U[:, :k].T @ P).square().sum() / P.square().sum()))
-    assert_close(outputs.values[2][2], sum(by_hand) / 2, tol=1e-4,
-                 reason="fp32 decompositions on both sides")  # fmt: skip
+        within.append(float((V[:k] @ Q).square().sum() / Q.square().sum()))
+    for figure, shares in ((outputs, by_hand), (inputs, within)):
+        assert_close(figure.values[2][2], sum(shares) / 2, tol=1e-4,
+                     reason="fp32 decompositions on both sides")  # fmt: skip
 
 
 def test_nested_what_was_protected_once_stays_so(bench):

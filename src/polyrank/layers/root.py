@@ -96,7 +96,7 @@ class FlowHook:
                     "it would train as plain LoRA; call polyrank.initialise(model, batches) before "
                     "the optimiser is made"
                 )
-            if view.hollow and view.acts() and not view.B.is_meta:
+            if view.hollow and view.acts() and view.B.numel() and not view.B.is_meta:
                 if not bool(view.B.any()):
                     raise InertError(
                         f"adapter {name!r}: its config is that of an adapter which has started "
