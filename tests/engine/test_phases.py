@@ -12,6 +12,7 @@ from polyrank import engine
 from polyrank.engine import machine, phase_trainer
 from polyrank.errors import ConfigError
 from polyrank.frame import Boundary, Group, Job, Loss, Method, Phase, seed_of
+from polyrank.testing import assert_close
 from polyrank.testing.streams import few_digits, tiny_vit
 
 FAST = {"epochs": 1, "batch_size": 4, "lr": 1e-2}
@@ -146,7 +147,22 @@ def rates(monkeypatch):
     return kept
 
 
-def test_a_task_asks_for_more_phases_as_it_finds_out(looking, tmp_path, rates):
+@pytest.fixture
+def values(monkeypatch):
+    """Every batch of a run, as (phase, its part of the objective, mean of |z|² over its rows)."""
+    kept, own = [], phase_trainer.PhaseTrainer._own_loss
+
+    def noting(self, model, batch):
+        loss, out = own(self, model, batch)
+        z = out.logits.detach().float()
+        kept.append((self.phase.name, loss.detach(), z.square().sum() / len(z)))
+        return loss, out
+
+    monkeypatch.setattr(phase_trainer.PhaseTrainer, "_own_loss", noting)
+    return kept
+
+
+def test_a_task_asks_for_more_phases_as_it_finds_out(looking, tmp_path, rates, values):
     result = go(tmp_path / "run")
     shown = [e["phase"] for e in events(result.path, "phase") if e["system"] == f"{NAME} r=2"]
     assert shown[:4] == ["func-1", "rd-1", "func-2", "rd-2"]
@@ -158,6 +174,10 @@ def test_a_task_asks_for_more_phases_as_it_finds_out(looking, tmp_path, rates):
         assert group["weight_decay"] == 0.1
         # 8 rows in batches of 4; the first kind of phase asks for two epochs.
         assert steps == (4 if func else 2)
+    own = [pair for name, *pair in values if name.startswith("rd")]
+    assert len(own) == 8
+    for found, want in own:
+        assert_close(found, want)
 
 
 def test_a_phase_without_groups_takes_those_of_the_method(looking, tmp_path, rates):
@@ -216,5 +236,30 @@ def test_groups_hold_exactly_what_trains(looking, tmp_path, change, words, monke
         )
 
     monkeypatch.setattr(Searching, "next", wrong)
+    with pytest.raises(ConfigError, match=words):
+        go(tmp_path / "run")
+
+
+class Embedded(Small):
+    """Asks for what a model of language does not give."""
+
+    needs = frozenset({"embedding", "texts"})
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({"steps": -5}, "phase 'train': steps: got -5, expected at least 0"),
+        ({"epochs": -1}, "phase 'train': epochs: got -1, expected at least 0"),
+        ({"steps": 2, "epochs": 1}, "steps: got 2 beside epochs=1, expected one of them"),
+        ({"losses": (Embedded(),)}, "phase 'train': loss 'embedded': needs texts, which models"),
+        ({"steps": 1}, r"name: the task has had the phases \['train'\], expected a new name"),
+    ],
+    ids=["steps", "epochs", "both", "losses", "name"],
+)
+def test_a_phase_that_cannot_be_trained_as_it_says_is_refused(
+    looking, tmp_path, wish, words, monkeypatch
+):
+    monkeypatch.setattr(Searching, "next", lambda self, task, workshop, state: Phase(**wish))
     with pytest.raises(ConfigError, match=words):
         go(tmp_path / "run")

@@ -81,6 +81,7 @@ class Course:
         # The most weights that a phase has trained: later ones may train fewer.
         self.trained = 0
         self.carried: dict[str, Any] | None = None
+        self.phases: list[str] = []
         self.phase: dict[str, Any] | None = None
         self.buffer = self._buffer()
         self.started = time.perf_counter()
@@ -105,7 +106,7 @@ class Course:
         group = self.groups[self.group]
         self.boundaries = self._boundaries()
         self.states = [{} for _ in self.boundaries]
-        self.owner, self.carried, self.phase = 0, None, None
+        self.owner, self.carried, self.phase, self.phases = 0, None, None, []
         for index in group:
             self.reader.see(self.stream[index])
         names = self._fresh_names(group)
@@ -196,6 +197,7 @@ class Course:
             buffer=self.buffer,
             ends=self._part_done if self.flowing else None,
             carried=self.carried,
+            names=tuple(self.phases),
             validate=self._validate(),
             check=lambda: boundary.check(workshop.checked, after),
             pause=lambda make: self.services.pause(lambda: kept(make)),
@@ -203,6 +205,7 @@ class Course:
         loss = run_phase(training, phase, resume)
         self.trained = max(self.trained, training.trained)
         self.carried = training.carried
+        self.phases.append(phase.name)
         self.services.watch("task_end", {**self.where(), "phase": phase.name, "loss": loss})
         self.services.pause(self.state)
 
@@ -263,6 +266,7 @@ class Course:
             "absorbed": self.absorbed,
             "carried": self.carried,
             "phase": self.phase,
+            "phases": list(self.phases),
             "buffer": None if self.buffer is None else self.buffer.state(),
             "model": model_state(self.model, base=self.absorbed),
         }
@@ -288,6 +292,7 @@ class Course:
         course.updates, course.trained = state["updates"], state.get("trained", 0)
         course.absorbed = state["absorbed"]
         course.carried, course.phase = state["carried"], state["phase"]
+        course.phases = list(state.get("phases", ()))
         if course.buffer is not None:
             course.buffer.restore(state["buffer"])
         begun = course.groups[: course.group + (course.stage == "work")]

@@ -39,6 +39,7 @@ class Training:
         shown: number of the task as rules may see it.
         hidden: whether the scenario hides which task a row belongs to.
         carried: optimiser state at the end of the task's last phase.
+        names: of the phases that the task has had so far.
         check: scores the validation rows, for phases that are checked.
         stepped: called at the end of every update.
         pause: called after it, where the state may be saved.
@@ -61,6 +62,7 @@ class Training:
     buffer: Any = None
     ends: Callable[[int], None] | None = None
     carried: dict[str, Any] | None = None
+    names: tuple[str, ...] = ()
     check: Callable[[], str] | None = None
     validate: Callable[[], float] | None = None
     stepped: Callable[[], None] = field(default=lambda: None)
@@ -77,11 +79,13 @@ def run_phase(run: Training, phase: Phase, resume: dict[str, Any] | None = None)
         resume: what `pause` was given, to go on from there.
 
     Raises:
-        ConfigError: if the phase names roles, losses or checks that there are none of.
+        ConfigError: if the phase names roles, losses or checks that there are none of, asks for a
+            length that there is none of, or has a loss that the model cannot serve.
         RunError: if the loss is not finite.
     """
     adapter = adapter_of(run.model)
-    problems = _problems(run, phase, adapter)
+    objective = Objective(run.reader, run.method, run.strategies, phase.losses)
+    problems = _problems(run, phase, adapter) + objective.problems()
     if problems:
         raise ConfigError([f"phase {phase.name!r}: {problem}" for problem in problems])
     adapter.train_only(phase.train)
@@ -96,7 +100,6 @@ def run_phase(run: Training, phase: Phase, resume: dict[str, Any] | None = None)
     steps = updates(len(order), settings, phase, repeated=flowing)
     place = dict(zip(("number", "of"), phase.place or (), strict=False))
     run.watch("phase", {**run.where, "phase": phase.name, "total": steps, **place})
-    objective = Objective(run.reader, run.method, run.strategies, phase.losses)
     objective.bind(adapter, run.workshop)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = PhaseTrainer(
@@ -130,7 +133,7 @@ def updates(rows: int, settings: Settings, phase: Phase | None = None, *, repeat
     Args:
         rows: of an epoch, on all processes together.
         settings: the run's.
-        phase: its own number of steps wins, then its own number of epochs.
+        phase: its own number of steps, or of epochs, takes the place of the run's.
         repeated: whether `rows` holds all epochs already.
     """
     per_epoch = -(-rows // (settings.batch_size * settings.accumulation * _processes()))
@@ -158,9 +161,14 @@ def _warmup(settings: Settings, total: int) -> int:
 def _problems(run: Training, phase: Phase, adapter: ModelAdapter) -> list[str]:
     found = []
     roles = set(adapter.roles())
+    if phase.name in run.names:
+        found.append(
+            f"name: the task has had the phases {list(run.names)}, expected a new name, by which "
+            "draws are keyed; number them"
+        )
     if phase.train is not None and (unknown := phase.train - roles):
         found.append(f"trains {sorted(unknown)}, but the adapter has {sorted(roles)}")
-    found += _group_problems(phase, adapter)
+    found += [*_group_problems(phase, adapter), *_length_problems(phase)]
     if phase.epochs and run.ends is not None:
         found.append("epochs: the stream shows no end of a task, so rows come once in their order")
     if phase.keep not in ("last", "best"):
@@ -192,6 +200,22 @@ def _group_problems(phase: Phase, adapter: ModelAdapter) -> list[str]:
         found.append(f"groups: tensors of {missing} train and stand in none; add them")
     if strange := len(set(held) - wanted.keys()):
         found.append(f"groups: hold {strange} tensors that do not train; name their roles in train")
+    return found
+
+
+def _length_problems(phase: Phase) -> list[str]:
+    """Say why a phase has no length, or two."""
+    lengths = {"steps": phase.steps, "epochs": phase.epochs, "check_every": phase.check_every}
+    found = [
+        f"{name}: got {number}, expected at least 0; 0 is what the run says"
+        for name, number in lengths.items()
+        if number < 0
+    ]
+    if phase.steps > 0 and phase.epochs > 0:
+        found.append(
+            f"steps: got {phase.steps} beside epochs={phase.epochs}, expected one of them; leave "
+            "the other at 0"
+        )
     return found
 
 

@@ -222,7 +222,8 @@ class Out:
         hidden: outputs of the embedding and of every block, (n, seq, d) each.
         embedding: what the classifier reads, (n, d).
         mask: (n, seq) bool, the real tokens of `hidden`; None if all are.
-        sides: tensors that blocks left, by site path.
+        sides: tensors that blocks left, by site path; with one entry a row, if a loss with a role
+            reads them.
         teacher: the same of the loss's teacher, without gradients.
         stored: (n, classes) logits kept with replayed rows, NaN where a class was not known yet.
     """

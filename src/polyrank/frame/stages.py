@@ -20,13 +20,13 @@ class Phase:
     """One Trainer run inside a task: `steps` updates of the roles in `train`.
 
     0 steps stand for the run's own schedule, or, with `epochs`, for so many passes over the task's
-    rows. `losses` are the terms that count, by name or of the phase's own, None for all that method
-    and strategies have; `groups` hold exactly what trains, None leaves them to the method. `span` =
-    (first, total) places the phase in a learning-rate schedule shared by several phases; `carry`
-    maps the old optimiser state to the new one; `keep` is "last" or "best" (the best snapshot is
-    put back at the end). `place` = (number, of) says which of several phases of the task it is,
-    from 1, for progress; `of` is 0 where nobody knows yet. A phase that is trained again in a task
-    has another name, by which its draws are keyed.
+    rows; both at once are refused. `losses` are the terms that count, by name or of the phase's
+    own, each of them once, None for all that method and strategies have; `groups` hold exactly what
+    trains, None leaves them to the method. `span` = (first, total) places the phase in a
+    learning-rate schedule shared by several phases; `carry` maps the old optimiser state to the new
+    one; `keep` is "last" or "best" (the best snapshot is put back at the end). `place` = (number,
+    of) says which of several phases of the task it is, from 1, for progress; `of` is 0 where nobody
+    knows yet. All phases of a task have names of their own, by which their draws are keyed.
     """
 
     name: str = "train"
