@@ -12,6 +12,7 @@ from polyrank.errors import ConfigError
 from polyrank.frame import keyed
 from polyrank.layers import adapter_of
 from polyrank.ops.rank_gate.selection import NonFiniteError
+from polyrank.parts import experts
 from polyrank.parts.experts import Experts, Mixed
 from polyrank.testing import MODELS, Case, assert_close
 from polyrank.testing.probes import nudge
@@ -280,6 +281,15 @@ def test_an_expert_serves_its_first_real_tokens_and_the_others_pass_by():
     made.eval()
     with flow.put(mask=mask):
         assert_close(inside.mlp(x), everyone)
+
+
+def test_no_device_is_asked_how_many_experts_serve_a_token_where_it_is_known(monkeypatch):
+    asked = []
+    plain = experts._slots
+    monkeypatch.setattr(experts, "_slots", lambda kept: asked.append(kept.shape) or plain(kept))
+    for router, times in (("topk", 0), ("switch", 0), ("topp", 1)):
+        built(router=router)[2].mlp(inputs())
+        assert len(asked) == times
 
 
 def test_jitter_reaches_the_router_alone_and_in_training_alone():

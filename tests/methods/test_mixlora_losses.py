@@ -179,6 +179,32 @@ def test_the_losses_are_divided_by_the_accumulation(over):
         assert_close(a, b)
 
 
+@pytest.mark.parametrize("over", ["model", "layer"])
+def test_a_batch_without_a_real_token_adds_nothing(over):
+    model = built(aux=0.3, aux_over=over, z_loss=0.1)
+    mlp = model.get_base_model().model.layers[0].mlp
+    x = torch.randn(1, 3, 24, generator=keyed("x"), dtype=torch.float64)
+    with mlp.up_proj.flow.put(mask=torch.zeros(1, 3, dtype=torch.bool)):
+        y = mlp(x)
+    grad = torch.autograd.grad(y.sum() * 0.0, mixtures(model)[0].router)[0]
+    assert_close(grad, torch.zeros_like(grad))
+
+
+def test_loads_of_a_backbone_called_alone_do_not_add_up():
+    model = built(aux=0.3)
+    backbone = model.get_base_model().model
+    tensors = {k: v for k, v in batch().items() if k != "labels"}
+    routers = [block.router for block in mixtures(model)]
+    found = [
+        torch.autograd.grad(backbone(**tensors).last_hidden_state.sum() * 0.0, routers)
+        for _ in range(3)
+    ]
+    assert any(g.any() for g in found[0])
+    for one in found[1:]:
+        for a, b in zip(one, found[0], strict=True):
+            assert_close(a, b)
+
+
 def test_evaluation_and_frozen_forwards_add_nothing():
     model, plain = built(aux=0.3).eval(), built(aux=0.0).eval()
     for a, b in zip(*(gradients(m, m(**batch()).loss) for m in (model, plain)), strict=True):

@@ -3,8 +3,9 @@
 FFN(x) = Σ_e ω_e(x) E_e(x),  E_e(x) = (W2 + s B²_e A²_e) a_e(x),
 a_e(x) = act((W1 + s B¹_e A¹_e) x) ⊙ ((W3 + s B³_e A³_e) x), without the second factor if there is
 no W3. W1 x and W3 x are computed once for all experts, and W2 once, on Σ_e ω_e a_e, since it is
-linear. A token has as many slots as experts; the ranks of all experts are multiplied, those of the
-others as zeros, so that nothing is sorted and no device is waited for.
+linear. A token has as many slots as the token with the most experts; the ranks of all experts are
+multiplied, those of the others as zeros, so that tokens need not be sorted by expert. Beside the
+check that logits are finite, a device is waited for in topp alone, which counts the slots.
 """
 
 from __future__ import annotations
@@ -75,9 +76,10 @@ class Charge(NamedTuple):
 
 
 class Tally:
-    """Loads of the experts in one forward, over all FFNs of an adapter."""
+    """Loads of the experts in one forward, over all FFNs; `read` once a backward took them."""
 
     def __init__(self) -> None:
+        self.read = False
         self.kept: Tensor | None = None
         self.tokens: Tensor | float = 0.0
 
@@ -101,7 +103,8 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         kept, tokens = ctx.tally.kept, ctx.tally.tokens
-        share = kept / tokens**2 * len(kept)
+        ctx.tally.read = True
+        share = kept / tokens.clamp_min(1) ** 2 * len(kept)
         return grad, share.to(ctx.device) * ctx.factor, None, None
 
 
@@ -167,7 +170,7 @@ class Mixed(Block):
             )
         z = self.logits(x, flow)
         kept, weights = self.choice.kept(z), self.choice.weights(z)
-        k = self.choice.k if self.choice.kind == "softmax" else _slots(kept)
+        k = {"softmax": self.choice.k, "top1": 1}.get(self.choice.kind) or _slots(kept)
         slots = z.masked_fill(~kept, -torch.inf).sort(dim=-1, descending=True, stable=True)[1]
         slots = slots[..., :k].movedim(-1, 0)
         shares = weights.movedim(-1, 0).gather(0, slots)
@@ -205,7 +208,7 @@ class Mixed(Block):
                     "aux_over: 'model' needs the loads of all FFNs before the first gradient, "
                     "which compiled code does not wait for; use aux_over='layer'"
                 )
-            tally = flow.notes.setdefault(("experts", adapter), Tally())
+            tally = self.tally(adapter, flow)
             real = kept if flow.mask is None else kept & flow.mask[..., None]
             tokens = z.new_tensor(kept[..., 0].numel()) if flow.mask is None else flow.mask.sum()
             if flow.live(self.training):
@@ -223,6 +226,15 @@ class Mixed(Block):
         if c.z:
             loss = loss + c.z / self.peers * losses.z_square(z, flow.mask)
         return inject(y, loss, flow) if loss.requires_grad else y
+
+    def tally(self, adapter: str, flow: Flow) -> Tally:
+        """Return the loads of this forward; a recompute finds those of the forward it repeats."""
+        key = ("experts", adapter)
+        held: Tally | None = flow.notes.get(key)
+        # Notes are emptied by the whole model; if only a part of it is called, they stay.
+        if held is None or (held.read and flow.live(self.training)):
+            held = flow.notes[key] = Tally()
+        return held
 
 
 def _slots(kept: Tensor) -> int:
