@@ -264,3 +264,23 @@ def test_a_used_config_without_its_tensors_does_not_train(name, tmp_path):
     other = get_peft_model(net(), used)
     other.load_state_dict(model.state_dict())
     train(other)
+
+
+def test_a_small_update_is_seen_in_bf16():
+    model = start(net().to(torch.bfloat16), targets=["0"])
+    x = torch.randn(64, 12, generator=keyed("bf16")).to(torch.bfloat16)
+    base = model(x)
+    assert torch.equal(base, net().to(torch.bfloat16)(x))
+    view = views(model)[0]
+    with torch.no_grad():
+        for number, param in enumerate((view.A, view.B, view.core.weight)):
+            param.add_(1e-4 * torch.randn(param.shape, generator=keyed("moved", number)))
+    x = x.requires_grad_()
+    found = view.add(torch.zeros(64, 12, dtype=torch.bfloat16), x, view.module.flow)
+    exact = x.double() @ view.delta().double().T
+    assert float((found.double() - exact).norm().detach()) < 0.01 * float(exact.norm().detach())
+    grads = torch.autograd.grad(found.sum(), (view.A, view.B, view.core.weight))
+    A, B, S = (p.detach().double().requires_grad_() for p in (view.A, view.B, view.core.weight))
+    wanted = torch.autograd.grad((x.double() @ ((B * S) @ A).T).sum(), (A, B, S))
+    for grad, other in zip(grads, wanted, strict=True):
+        assert_close(grad, other, tol=2e-2, reason="products of two factors rounded to bf16")

@@ -153,6 +153,16 @@ class Core(nn.Module):
         """
         return product(x, A, B)
 
+    def apart(
+        self, x: Tensor, A: Tensor, B: Tensor, shadow: tuple[Tensor, Tensor, Tensor | None]
+    ) -> Tensor | None:
+        """Return B φ(A x) less the shadow, (*, d_out), or None: two products, one subtracted.
+
+        Called in the place of `outcome` where a shadow is subtracted, for cores that can take the
+        differences of factors first, of which lower precisions round less.
+        """
+        return None
+
     def delta(self, condition: Tensor | None = None) -> Tensor:
         """Return the matrix (widths[1], widths[0]) in fp32 that forward applies to every token.
 

@@ -28,6 +28,14 @@ def _through(delta: Tensor, h: Tensor) -> Tensor:
     return F.linear(h, delta) if delta.dim() == 2 else h * delta
 
 
+def _shaded(x: Tensor, shadow: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
+    """Return B0 δ0 A0 x."""
+    A0, B0, delta = shadow
+    h0 = F.linear(x, A0.to(x.dtype))
+    h0 = h0 if delta is None else _through(delta.to(h0.dtype), h0)
+    return F.linear(h0, B0.to(h0.dtype))
+
+
 def _part(
     A: Tensor, B: Tensor, portion: Portion, live_from: int, scale: float
 ) -> tuple[Tensor, Tensor, int, float]:
@@ -267,12 +275,11 @@ class View(Layer):
                 q = core(F.linear(x, A.to(x.dtype)), z, flow.at(mask))
                 return F.linear(q, B.to(q.dtype))
 
-            update = core.outcome(product, x_hat, A, B)
-            if self.shadow is not None:
-                A0, B0, delta = self.shadow
-                h0 = F.linear(x, A0.to(x.dtype))
-                h0 = h0 if delta is None else _through(delta.to(h0.dtype), h0)
-                update = update - F.linear(h0, B0.to(h0.dtype))
+            shadow = self.shadow
+            update = None if shadow is None else core.apart(x_hat, A, B, shadow)
+            if update is None:
+                update = core.outcome(product, x_hat, A, B)
+                update = update if shadow is None else update - _shaded(x, shadow)
             return y + update.to(y.dtype) * scale
 
     def delta(self, condition: Tensor | None = None) -> Tensor:

@@ -160,6 +160,22 @@ class Tail(Protecting):
         # The product's order is that of what is subtracted, so that equal factors cancel exactly.
         return h * self._all().to(h.dtype)
 
+    def apart(
+        self, x: Tensor, A: Tensor, B: Tensor, shadow: tuple[Tensor, Tensor, Tensor | None]
+    ) -> Tensor | None:
+        """Return (B S − B_0 S_0) A x + B_0 S_0 (A − A_0) x where x is below fp32.
+
+        Both products are as large as the update, where B S A x is as large as the tail, of whose
+        rounding in bf16 little of an update is left.
+        """
+        A0, B0, S0 = shadow
+        if self.bank or S0 is None or x.dtype not in (torch.bfloat16, torch.float16):
+            return None
+        before = wide(B0) * wide(S0)
+        off = (wide(B) * wide(self.weight) - before).to(x.dtype)
+        moved = F.linear(x, (wide(A) - wide(A0)).to(x.dtype))
+        return F.linear(F.linear(x, A.to(x.dtype)), off) + F.linear(moved, before.to(x.dtype))
+
     def delta(self, condition: Tensor | None = None) -> Tensor:
         """Return diag(S), ones for the bank."""
         return torch.diag(self._all())
