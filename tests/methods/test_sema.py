@@ -212,12 +212,10 @@ def test_a_recomputed_forward_records_once_and_processes_share_what_they_record(
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
 def test_in_low_precision_means_and_statistics_stay_fine(kind):
     block = branch(2).to(kind)
-    assert {p.dtype for n, p in block.named_parameters() if "values" not in n} == {
-        kind,
-        torch.int64,
-    }
+    assert {p.dtype for n, p in block.named_parameters() if "window" not in n} == {kind}
     low = block.float() if kind == torch.float32 else block
-    assert low.window.values.dtype in (torch.float32, torch.float64)
+    for held in low.window.parameters():
+        assert held.dtype in (torch.float32, torch.float64)
     h = hidden().to(kind)
     block.eval().watched = True
     answer = run(block, h)
@@ -425,6 +423,21 @@ def test_a_trained_descriptor_finds_its_own_rows_usual_and_others_not():
 
 
 # --- the loss of the task ------------------------------------------------------------------------
+
+
+def test_all_parameters_of_a_model_can_be_told_to_require_gradients():
+    model = pr.adapt(MODELS["vit"].build(), pr.method("sema", r=2, q=3, window=4, start=-1))
+    model.requires_grad_(True)
+    block = adapter_of(model).blocks[-1]
+    window = block.window
+    with torch.no_grad():
+        window.push(torch.tensor([[1.0], [2.0], [4.0]]))
+        assert window.length.tolist() == [3]
+        z = window.scores(torch.tensor([[4.0]]), signed=True)
+        assert_close(z, torch.tensor([[5 / 3 / math.sqrt(7 / 3)]], dtype=torch.float64))
+        # Above 256 bf16 has no odd numbers.
+        window.length.fill_(499)
+    assert block.bfloat16().window.length.tolist() == [499]
 
 
 class Known:

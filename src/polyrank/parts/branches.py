@@ -198,7 +198,7 @@ class Expandable(Block):
         """Say anew what each parameter is."""
         names = [name for name, _ in self.named_parameters()]
         self.frozen = frozenset(n for n in names if n.startswith(("held_", "window.")))
-        self.exact = frozenset(n for n in names if ".values" in n and "window." in n)
+        self.exact = frozenset(n for n in names if "window." in n)
         alone = self.count == 1
         self.unreached = frozenset(
             n for n in names if n.startswith("descriptor.") or (alone and n.startswith("router."))

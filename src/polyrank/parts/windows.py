@@ -27,8 +27,10 @@ class Windows(nn.Module):
     def __init__(self, count: int, size: int) -> None:
         super().__init__()
         # Parameters, since processes that train together overwrite each other's buffers.
-        self.values = nn.Parameter(torch.zeros(count, size), requires_grad=False)
-        self.length = nn.Parameter(torch.zeros(count, dtype=torch.int64), requires_grad=False)
+        values, length = torch.zeros(count, size), torch.zeros(count, dtype=torch.float32)
+        self.values = nn.Parameter(values, requires_grad=False)
+        # Floating point, since whoever calls requires_grad_ on a model includes all parameters.
+        self.length = nn.Parameter(length, requires_grad=False)
 
     @torch.no_grad()
     def push(self, values: Tensor) -> None:
@@ -36,7 +38,7 @@ class Windows(nn.Module):
         size, new = self.values.shape[1], values.detach().T.to(self.values)
         slid = torch.cat([self.values, new], 1)[:, -size:]
         # The last place takes what is too much.
-        place = self.length[:, None] + torch.arange(new.shape[1], device=new.device)
+        place = self.length.long()[:, None] + torch.arange(new.shape[1], device=new.device)
         filling = torch.cat([self.values, self.values[:, :1]], 1)
         filling = filling.scatter(1, place.clamp_max(size), new)[:, :size]
         self.values.copy_(torch.where((self.length >= size)[:, None], slid, filling))
