@@ -8,7 +8,7 @@ from torch import nn
 import polyrank as pr
 from polyrank.errors import ConfigError, MergeError
 from polyrank.frame import Identity, Portion
-from polyrank.layers import adapter_of, append, replica, truncate, view
+from polyrank.layers import adapter_of, append, keep, replica, truncate, view
 from polyrank.testing import assert_close
 
 
@@ -132,6 +132,21 @@ def test_what_is_merged_or_would_not_fit_is_refused_whole():
     with pytest.raises(ConfigError, match="k=3"):
         truncate(model, 2)
     assert layer.A.shape == (4, 5)
+
+
+@pytest.mark.parametrize("router", ["topk", "smear", "task"])
+@pytest.mark.parametrize("per", ["total", "expert"])
+def test_experts_that_options_count_cannot_go(router, per):
+    options = {"experts": 2, "rank_per": per, "router": router}
+    options |= {"tasks": 3} if router == "task" else {}
+    r = 4 if per == "total" else 2
+    model, layer = adapted(core=None, method="moe-lora", r=r, **options)
+    for cut in (lambda: truncate(model, 2), lambda: keep(model, layer, torch.arange(2))):
+        before = {name: param.clone() for name, param in model.named_parameters()}
+        with pytest.raises(ConfigError, match=r"got 2 of 4 ranks at 0, .* fewer ranks or experts"):
+            cut()
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        assert (layer.site.r, layer.A.shape) == (r, (4, 5))
 
 
 class Noting(Identity):

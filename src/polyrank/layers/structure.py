@@ -280,11 +280,6 @@ def keep(model: nn.Module, view: View, ranks: Tensor) -> None:
 def _cut(model: nn.Module, view: View, ranks: Tensor, settings: dict[str, Any]) -> None:
     """Keep some live ranks of one layer, and set on the core what `settings` says."""
     core, layer, name, r = view.core, view.module, view.name, view.A.shape[0]
-    if core.widths != (r, r):
-        raise ConfigError(
-            f"keep: the core {type(core).__name__} maps {core.widths}, and ranks can be kept one "
-            "by one only where A's rows and B's columns correspond"
-        )
     different = len(ranks) and len(ranks.unique()) == len(ranks)
     if not different or int(ranks.min()) < 0 or int(ranks.max()) >= r:
         raise ConfigError(
@@ -299,12 +294,10 @@ def _cut(model: nn.Module, view: View, ranks: Tensor, settings: dict[str, Any]) 
     if problems := shadow_problems([view]):
         raise ConfigError(problems)
     ranks = ranks.to(view.A.device)
-    site, gain = _resized(view, len(ranks)), core.shortened(len(ranks))
-    fresh = view.method.core(site)
+    site, fresh, values, gain = _shortened(view, ranks)
     fresh.configure(settings)
     if view.bank is not None:
         fresh.banked(view.bank[0].shape[0])
-    values = {key: _picked(core, key, param, ranks) for key, param in core.named_parameters()}
     with torch.no_grad(), rebuilt(view):
         A, B = view.A.index_select(0, ranks), view.B.index_select(1, ranks)
         # Into the live ranks alone: bank, archive, shadow and replicas share the layer's scale.
@@ -345,12 +338,37 @@ def truncate(model: nn.Module, r: int, *, adapter: str | None = None) -> None:
         raise ConfigError(f"truncate: got r={r!r}, expected an integer in 1..{least}")
     for view in found.layers:
         # A core that has no such form says so here, before any layer is cut.
-        view.method.core(_resized(view, r))
-        view.core.shortened(r)
+        _shortened(view, torch.arange(r, device=view.A.device))
     if problems := shadow_problems(found.layers):
         raise ConfigError(problems)
     for view in found.layers:
         _cut(model, view, torch.arange(r), {})
+
+
+def _shortened(view: View, ranks: Tensor) -> tuple[Site, Core, dict[str, Tensor], float]:
+    """Return what one layer with some of its live ranks has, and changes nothing.
+
+    These are its site, a fresh core, that core's parameters, and the factor on the update.
+
+    Raises:
+        ConfigError: if the core has no form for them.
+    """
+    core, site, r, n = view.core, _resized(view, len(ranks)), len(view.A), len(ranks)
+    if core.widths != (r, r):
+        raise ConfigError(
+            f"keep: the core {type(core).__name__} maps {core.widths}, and ranks can be kept one "
+            "by one only where A's rows and B's columns correspond"
+        )
+    fresh, gain = view.method.core(site), core.shortened(n)
+    values = {key: _picked(core, key, param, ranks) for key, param in core.named_parameters()}
+    shapes = {key: param.shape for key, param in fresh.named_parameters()}
+    if fresh.widths != (n, n) or shapes != {key: value.shape for key, value in values.items()}:
+        raise ConfigError(
+            f"keep: got {n} of {r} ranks at {site.path}, but the core {type(core).__name__} has as "
+            "many experts as its options say, none of which can go; train with fewer ranks or "
+            "experts"
+        )
+    return site, fresh, values, gain
 
 
 def _picked(core: Core, key: str, param: Tensor, ranks: Tensor) -> Tensor:
