@@ -16,8 +16,8 @@ Limits: dense FFNs of gate, up and down, or of two layers, known by name and che
     E = 8, k = 2, r = 16 on one CPU core take 1.2 times plain LoRA's time at d = 2048 and 2.5 times
     at 256, a loop over experts 2.7 and 2.4 times (`bench/mixlora_cost.py`).
 Status: equal to a loop over experts; the paper's accuracies not verified. It is about multi-task
-    data and protects no earlier task: on digits (`bench/streams.py`, seed 0) it forgets 0.43 among
-    a task's own classes, sequential LoRA 0.45, and as much among all classes, 0.97 and 0.97.
+    data and protects no earlier task; three seeds beside sequential LoRA and others, on pictures
+    and on texts, stand in `bench/results/streams-digits.md` and `streams-stdlib-ranks.md`.
 """
 
 from __future__ import annotations
