@@ -28,14 +28,15 @@ Limits: nothing makes what a task learnt large enough for the next k (pictures p
     as many kept; 4 r (d_in + d_out) operations a token, and in bf16 the differences of factors,
     taken in fp32 so that small updates are seen; 4 k r (d_in + d_out) for each of two projections
     an update; a decomposition a layer and task, the last one too; archived m (d_in + d_out).
-Status: every property tested; published figures not verified; on digits (bench/streams.py, seed 0,
-    one CPU core, rate 1e-3) accuracy and forgetting among a task's own classes are .87 and .08,
-    "progressive" .90 and .08, `full` .86 and .14, LoRA of rank 8 .83 and .17; at 3e-3 .78 and .23
-    ("core" .79 and .23), .91 and .05, .67 and .40, .65 and .45. Where classes compete all forget
-    .93 to .97. The base's own classes fall from .88 to .80, .59, .25 and .66. "adaptive" finds a
-    mean importance near 0 there, so that layers are frozen whole or not at all, or it refuses.
-    On stdlib (rate 3e-4) .82 and .07, `full` .78 and .08. Of what a task learnt, the next splits
-    protect 71 to 91 % on digits, but 17 to 36 % on stdlib: less than of a random direction, half.
+Status: every property tested; published figures not verified. 3 seeds (bench/results/
+    streams-digits.md, streams-stdlib-ranks.md), accuracy and forgetting among a task's own classes:
+    digits at rate 1e-3 .89 and .05, "core" .89 and .09, `full` .69 and .40, LoRA of rank 8 .74 and
+    .32; the base's own classes lose .05, .13, .62 and .33. stdlib at 3e-4 .84 and .03, `full` .79
+    and .08. Where all classes compete it forgets as they do; "progressive" helps on stdlib (.24 and
+    .44; others .17 and .83), not on digits. "adaptive" finds a mean importance near 0 on digits, so
+    that layers are frozen whole or not at all, or it refuses. Of what a task learnt, the next
+    splits protect 71 to 91 % on digits, but 17 to 36 % on stdlib (seed 0): less than of a random
+    direction, half.
     On one H100 (torch 2.11, bf16, 112 layers of a 1.2 B Llama, bench/osf_step.py): set-up 9.3 s;
     "gesvdj" takes 19.7 s, with vectors that cross by 1.6e-3. A step of 8 × 1024 tokens takes 397 ms
     (rules and optimiser 126), with "tf32" 325 (52), "core" 203 (4), `full` 165 (9). The leak after
