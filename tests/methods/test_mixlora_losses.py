@@ -275,10 +275,10 @@ def tiny(name, **more):
 
     sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1,
              "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
-             "max_position_embeddings": 32}  # fmt: skip
-    config = getattr(transformers, f"{name}Config")(**sizes, **more)
+             "max_position_embeddings": 32, **more}  # fmt: skip
+    kind = getattr(transformers, f"{name}ForCausalLM")
     with torch.random.fork_rng(devices=[]):
-        return getattr(transformers, f"{name}ForCausalLM")(config)
+        return kind(kind.config_class(**sizes))
 
 
 @pytest.mark.parametrize(
@@ -301,9 +301,23 @@ def test_models_without_a_plain_ffn_are_refused_whole(name, more, words):
     assert kinds == [type(m) for m in base.modules()]
 
 
-@pytest.mark.parametrize("name", ["Mistral", "Qwen2", "Gemma", "Phi"])
-def test_other_dense_models_start_as_the_base_and_train(name):
-    base = tiny(name)
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("Mistral", {}),
+        ("Qwen2", {}),
+        ("Gemma", {}),
+        ("Phi", {}),
+        # Their first norms are those of queries and keys, as wide as a head or as all of them.
+        ("Qwen3", {"head_dim": 16}),
+        ("Gemma3", {"head_dim": 16}),
+        ("Olmo2", {"num_key_value_heads": 1}),
+        # Norms without weights.
+        ("Olmo", {"eos_token_id": 1}),
+    ],
+)
+def test_other_dense_models_start_as_the_base_and_train(name, more):
+    base = tiny(name, **more)
     ids = batch()["input_ids"]
     with torch.no_grad():
         expected = base.eval()(input_ids=ids).logits.clone()
@@ -314,6 +328,15 @@ def test_other_dense_models_start_as_the_base_and_train(name):
     nudge(model)
     model.train()(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad.any() for p in params_of(model))
+
+
+def test_stages_of_several_ffns_are_refused_whole():
+    from transformers import SwinConfig, SwinForImageClassification
+
+    sizes = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "window_size": 2, "depths": [2]}
+    base = SwinForImageClassification(SwinConfig(**sizes, num_heads=[2]))
+    with pytest.raises(ConfigError, match=r"holds several FFNs, of which 'blocks\.1\.mlp\.fc1'"):
+        adapted(base)
 
 
 def test_an_ffn_that_only_looks_like_one_is_refused(monkeypatch):

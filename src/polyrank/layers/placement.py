@@ -265,9 +265,7 @@ def _block_site(
     """Return the site of a transformer block."""
     inside = model.get_submodule(path)
     paths = {p: m for p, m in inside.named_modules() if p and PREFIX not in p and HOST not in p}
-    norms = [m for m in paths.values() if "norm" in type(m).__name__.lower()]
-    widths = [w.numel() for w in (getattr(m, "weight", None) for m in norms) if w is not None]
-    d = widths[0] if widths else 0
+    d = _width(model, paths)
     return Site(
         path=path,
         d_in=d,
@@ -282,6 +280,18 @@ def _block_site(
             p for p, m in paths.items() if isinstance(m, AdaptedLinear) and name in m.views
         ),
     )
+
+
+def _width(model: nn.Module, modules: dict[str, nn.Module]) -> int:
+    """Return the width of the hidden states between transformer blocks, or 0 if nothing says it.
+
+    It is that of a block's outermost norms: inner ones may be as wide as a head of its attention.
+    """
+    norms = [(p.count("."), m) for p, m in modules.items() if "norm" in type(m).__name__.lower()]
+    weights = [(at, w) for at, m in norms if isinstance(w := getattr(m, "weight", None), Tensor)]
+    if weights:
+        return min(weights, key=lambda entry: entry[0])[1].numel()
+    return int(getattr(getattr(model, "config", None), "hidden_size", 0))
 
 
 def _places(site: Site, block: Block) -> Iterator[str]:

@@ -100,7 +100,7 @@ def form_of(site: Site) -> Form | None:
     """Return the form of a transformer block's FFN, or None if none of its layers is adapted.
 
     Raises:
-        ConfigError: for experts in place of an FFN, and for one of an unknown form.
+        ConfigError: for experts in place of an FFN, several FFNs, and one of an unknown form.
     """
     if not site.adapted:
         return None
@@ -122,6 +122,12 @@ def form_of(site: Site) -> Form | None:
         )
     if form is None or not mine:
         return None
+    if others := sorted(set(mine) - set(form.linears())):
+        raise ConfigError(
+            f"targets: {site.path!r} holds several FFNs, of which {others[0]!r} is in another one "
+            f"than {form.down!r}, expected one of them between two norms; use a model whose "
+            "blocks are not grouped into stages, or moe-lora on its linear layers"
+        )
     if form.first and form.down not in mine:
         raise ConfigError(
             f"targets: {form.down!r} of {site.path!r} is not adapted, where the experts of its FFN "
