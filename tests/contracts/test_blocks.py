@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
 import polyrank as pr
@@ -91,6 +92,54 @@ def test_the_tap_reads_what_enters_the_norm_and_nothing_stays_behind():
 def test_the_sided_toy_keeps_the_contract(toys):
     checks = ["neutral", "declared", "counted", "base", "merged", "gradients", "undecayed", "vital"]
     assert check_method("sided", models=["llama"], checks=checks) == len(checks)
+
+
+def test_a_forward_that_a_module_had_of_its_own_stays_in_force_and_comes_back():
+    toy = case("sided")
+    base = toy.tiny.build()
+    plain, mlp = toy.answer(base), base.model.layers[0].mlp
+
+    class Doubling(ModelHook):
+        def post_forward(self, module, output):
+            return 2 * output
+
+    add_hook_to_module(mlp, Doubling())
+    own, expected = mlp.forward, toy.answer(base)
+    assert not torch.equal(expected, plain)
+    model = pr.adapt(base, toy.method).eval()
+    assert torch.equal(toy.answer(model), expected)
+    assert torch.equal(toy.answer(copy.deepcopy(model)), expected)
+    toy.train(model)
+    trained = toy.answer(model)
+    assert not torch.equal(trained, expected)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        adapter_of(model).blocks[0].up.weight.zero_()
+    assert torch.equal(toy.answer(twin), trained)
+    assert not torch.equal(toy.answer(model), trained)
+    assert torch.equal(toy.answer(model.unload()), expected)
+    assert mlp.forward is own
+    remove_hook_from_module(mlp)
+    assert torch.equal(toy.answer(base), plain)
+
+
+def test_a_forward_put_around_a_block_later_outlives_it():
+    toy = case("sided")
+    base = toy.tiny.build()
+    mlp = base.model.layers[0].mlp
+    model = pr.adapt(base, toy.method)
+    toy.train(model)
+    now, inner = toy.answer(model), mlp.forward
+    mlp.forward = lambda x: 2 * inner(x)
+    doubled = toy.answer(model)
+    assert not torch.equal(doubled, now)
+    plain = model.unload()
+    expected = toy.answer(plain)
+    again = pr.adapt(plain, toy.method).eval()
+    assert torch.equal(toy.answer(again), expected)
+    assert torch.equal(toy.answer(again.unload()), expected)
+    del mlp.forward
+    assert torch.equal(toy.answer(base), toy.answer(toy.tiny.build()))
 
 
 def test_a_block_recomputed_in_backward_gets_the_same_gradients():

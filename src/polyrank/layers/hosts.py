@@ -213,6 +213,7 @@ class _Original:
         self, forward: BlockForward, adapter: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.module, self.inside = forward.module, forward.inside
+        self.own = forward.own
         self.adapter, self.args, self.kwargs = adapter, args, kwargs
         self.within: Callable[[Tensor], Any] | None = None
 
@@ -225,15 +226,26 @@ class _Original:
         """Return the original's output."""
         if self.within is not None:
             return self.within(value)
+        if self.own is not None:
+            return self.own(value, *self.args, **self.kwargs)
         return type(self.module).forward(self.module, value, *self.args, **self.kwargs)
 
 
 class BlockForward:
-    """The forward of a module that hosts blocks; an object, so that copies of the model work."""
+    """The forward of a module that hosts blocks; an object, so that copies of the model work.
+
+    Without its host, as inside of a forward that was put around it, it is the module's own again.
+
+    Attributes:
+        own: the forward that was set on the module itself, as hooks of other libraries do, or None
+            for that of its class.
+    """
 
     def __init__(self, module: nn.Module, inside: nn.Module) -> None:
         self.module = module
         self.inside = inside
+        self.host = cast("BlockHost", module._modules[NAME])
+        self.own: Callable[..., Any] | None = module.__dict__.get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the blocks of the active adapters around the module's own forward, first innermost.
@@ -241,9 +253,10 @@ class BlockForward:
         Raises:
             ConfigError: if a replica is to be shown, which blocks do not keep.
         """
-        host = cast("BlockHost", self.module.get_submodule(NAME))
+        host = self.host
         x, args, kwargs = _first(self.module, args, kwargs)
-        names = host.serving() if host.flow.view != "base" else []
+        hosted = self.module._modules.get(NAME) is host and host.flow.view != "base"
+        names = host.serving() if hosted else []
         taken = dict(host.tapped)
         # Whatever happens, no activation outlives its forward here.
         host.tapped.clear()
@@ -318,4 +331,8 @@ def detach_blocks(model: nn.Module) -> None:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
         if isinstance(module._modules.get(NAME), BlockHost):
             del module._modules[NAME]
-            del module.forward
+            forward = module.__dict__.get("forward")
+            if isinstance(forward, BlockForward):
+                del module.forward
+                if forward.own is not None:
+                    module.forward = forward.own
