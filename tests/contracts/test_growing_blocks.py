@@ -70,6 +70,18 @@ def test_a_frozen_adapter_stays_frozen_when_its_blocks_change():
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_an_error_between_two_changes_leaves_an_adapter_that_can_be_saved(tmp_path):
+    toy, model = grown(())
+    with pytest.raises(RuntimeError, match="on the way"), reshaped(model) as blocks:
+        blocks[0].grow(5)
+        raise RuntimeError("on the way")
+    assert model.peft_config["default"].sites == {"model.layers.0:mlp": {"block": {"widths": [5]}}}
+    assert adapter_of(model).blocks[0].up[1].weight.requires_grad
+    model.save_pretrained(tmp_path)
+    again = pr.load(toy.tiny.build(), tmp_path).eval()
+    assert torch.equal(toy.answer(again), toy.answer(model))
+
+
 def test_blocks_do_not_change_under_an_optimiser():
     toy = case()
     model = toy.build()

@@ -26,7 +26,8 @@ def reshaped(model: nn.Module, *, adapter: str | None = None) -> Iterator[list[B
     """Let the blocks of an adapter change inside: parts come, parts go, parts freeze.
 
     Afterwards new parts are where their host is, what is declared as trained is trainable if
-    anything of the adapter was, and the config holds what `Block.settings` says.
+    anything of the adapter was, and the config holds what `Block.settings` says; an error inside
+    keeps what had changed before it, and the adapter can still be saved.
 
     Args:
         model: a PEFT model with a polyrank adapter.
@@ -38,13 +39,15 @@ def reshaped(model: nn.Module, *, adapter: str | None = None) -> Iterator[list[B
     found = unattached(model, adapter, "reshaped")
     hosts = [host for host in found.hosts if isinstance(host, BlockHost)]
     trained = bool(found.trained())
-    yield found.blocks
-    for host in hosts:
-        block = host.owned[found.name]
-        host._move_adapter_to_device_of_base_layer(found.name)
-        block.train(block.training)
-        host.set_requires_grad(found.name, trained)
-    sites = config_of(model, found.name).sites
-    for host in hosts:
-        sites.pop(host.place(found.name), None)
-    sites.update(block_shapes(found))
+    try:
+        yield found.blocks
+    finally:
+        for host in hosts:
+            block = host.owned[found.name]
+            host._move_adapter_to_device_of_base_layer(found.name)
+            block.train(block.training)
+            host.set_requires_grad(found.name, trained)
+        sites = config_of(model, found.name).sites
+        for host in hosts:
+            sites.pop(host.place(found.name), None)
+        sites.update(block_shapes(found))
