@@ -61,6 +61,10 @@ class Block(nn.Module):
         super().__init__()
         self.left: dict[str, Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is left belongs to the graph of one forward, which no copy can take along.
+        return {**self.__dict__, "left": {}}
+
     def unfit(self, inside: nn.Module, adapter: str) -> Iterator[str]:
         """Yield why it cannot work in the transformer block `inside`, whose layers are adapted."""
         yield from ()
