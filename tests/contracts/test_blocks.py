@@ -89,6 +89,37 @@ def test_the_tap_reads_what_enters_the_norm_and_nothing_stays_behind():
     assert all(not m.tapped for m in model.modules() if isinstance(m, BlockHost))
 
 
+def test_a_block_stands_around_a_transformer_block_and_reads_a_part_of_it(toys, monkeypatch):
+    inner = toys["sided"].sub_block
+
+    def around(self, site):
+        block = inner(self, site)
+        block.add = ""
+        return block
+
+    monkeypatch.setattr(toys["sided"], "sub_block", around)
+    toy = case("sided")
+    base = toy.answer(toy.tiny.build())
+    model = toy.build()
+    assert torch.equal(toy.answer(model), base)
+    toy.train(model)
+    assert not torch.equal(toy.answer(model), base)
+    layer, block = model.get_base_model().model.layers[0], adapter_of(model).blocks[0]
+    assert isinstance(layer.side_block, BlockHost)
+    seen = []
+    layer.post_attention_layernorm.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    block.register_forward_pre_hook(lambda m, args: seen.append(args[2]))
+    toy.answer(model)
+    # The original runs once.
+    assert len(seen) == 2
+    assert seen[0] is seen[1]
+    assert all(not m.tapped for m in model.modules() if isinstance(m, BlockHost))
+    with model.disable_adapter():
+        assert torch.equal(toy.answer(model), base)
+    assert all(not m.tapped for m in model.modules() if isinstance(m, BlockHost))
+    assert torch.equal(toy.answer(model.unload()), base)
+
+
 def test_the_sided_toy_keeps_the_contract(toys):
     checks = ["neutral", "declared", "counted", "base", "merged", "gradients", "undecayed", "vital"]
     assert check_method("sided", models=["llama"], checks=checks) == len(checks)

@@ -33,9 +33,10 @@ class Original(Protocol):
 class Block(nn.Module):
     """Replaces the output of the module at `add`, having read the input of the module at `tap`.
 
-    Both are module paths relative to the transformer block. Trained parameters have role "side"
-    unless `roles` names another. A block whose shapes change says them in `settings`, and the
-    change is made inside of `polyrank.layers.reshaped`.
+    Both are module paths relative to the transformer block, which is "" itself. If `tap` is a part
+    of what is at `add`, the original runs on x before the block does. Trained parameters have role
+    "side" unless `roles` names another. A block whose shapes change says them in `settings`, and
+    the change is made inside of `polyrank.layers.reshaped`.
 
     Attributes:
         tap: whose input is read.

@@ -216,6 +216,7 @@ class _Original:
         self.own = forward.own
         self.adapter, self.args, self.kwargs = adapter, args, kwargs
         self.within: Callable[[Tensor], Any] | None = None
+        self.done: tuple[Tensor, Any] | None = None
 
     @property
     def alone(self) -> bool:
@@ -226,6 +227,8 @@ class _Original:
         """Return the original's output."""
         if self.within is not None:
             return self.within(value)
+        if self.done is not None and value is self.done[0]:
+            return self.done[1]
         if self.own is not None:
             return self.own(value, *self.args, **self.kwargs)
         return type(self.module).forward(self.module, value, *self.args, **self.kwargs)
@@ -253,12 +256,18 @@ class BlockForward:
         Raises:
             ConfigError: if a replica is to be shown, which blocks do not keep.
         """
-        host = self.host
         x, args, kwargs = _first(self.module, args, kwargs)
+        try:
+            return self._run(x, args, kwargs)
+        finally:
+            # Whatever happens, no activation outlives its forward here.
+            self.host.tapped.clear()
+
+    def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        host = self.host
         hosted = self.module._modules.get(NAME) is host and host.flow.view != "base"
         names = host.serving() if hosted else []
         taken = dict(host.tapped)
-        # Whatever happens, no activation outlives its forward here.
         host.tapped.clear()
         outer = _Original(self, "", args, kwargs)
         if not names:
@@ -269,8 +278,12 @@ class BlockForward:
                 'replicas; use "base"'
             )
         flow = host.flow.at(host.flow.tokens(host.site.masks, x.shape[:-1]))
-        for name in names:
-            block = cast("Block", host.owned[name])
+        blocks = [cast("Block", host.owned[name]) for name in names]
+        if any(block.tap not in {block.add, *taken} for block in blocks):
+            # What a part of the module is given is known once the module has run.
+            outer.done = (x, outer(x))
+            taken |= host.tapped
+        for name, block in zip(names, blocks, strict=True):
             base, outer = outer, _Original(self, "", args, kwargs)
             base.adapter = name
             outer.within = _around(block, base, taken.get(block.tap, x), flow)

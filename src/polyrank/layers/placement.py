@@ -297,7 +297,7 @@ def _width(model: nn.Module, modules: dict[str, nn.Module]) -> int:
 def _places(site: Site, block: Block) -> Iterator[str]:
     """Say which places of a block are not there."""
     for what, at in (("tap", block.tap), ("add", block.add)):
-        if at not in site.modules:
+        if at and at not in site.modules:
             yield (
                 f"block: {site.path!r} has no module {at!r} to {what};{nearest(at, site.modules)} "
                 f"expected one of {', '.join(sorted(site.modules)[:8])} …; change {what} of "
