@@ -8,7 +8,7 @@ and D is added to what they give. With one adapter w is exactly 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
@@ -21,10 +21,15 @@ from polyrank.frame import Block, Flow, Site, keyed
 from polyrank.layers.views import wide
 from polyrank.parts.windows import Windows
 
-# (tap, add): the norm before the feed-forward layers and those layers. Of blocks that norm
-# afterwards, what enters the feed-forward layers and their last one, before the residual sum.
+# (tap, add): the norm before the feed-forward layers and those layers, or what stands last between
+# them and the residual sum. Of blocks that norm afterwards, what enters the feed-forward layers and
+# their last one, before the sum.
 PLACES = (
     ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ("mlp", "post_feedforward_layernorm"),
+    ("post_attention_layernorm", "post_mlp_layernorm"),
+    ("norm2", "drop_path2"),
+    ("norm2", "layer_scale2"),
     ("layernorm_after", "mlp"),
     ("layernorm_after", "output.dense"),
     ("layer_norm2", "mlp"),
@@ -169,6 +174,19 @@ class Expandable(Block):
         self.held_descriptor: Descriptors | None = None
         self.held_window: Windows | None = None
         self._fresh(None)
+
+    def unfit(self, inside: nn.Module, adapter: str) -> Iterator[str]:
+        """Yield a line if D would not arrive with factor s: its block scales what is added."""
+        found = [name for name, _ in inside.named_parameters(recurse=False)]
+        scales = [n for n, m in inside.named_modules() if "LayerScale" in type(m).__name__]
+        found += [] if self.add in ("layer_scale2", "drop_path2") else scales
+        found += ["residual_multiplier"] if getattr(inside, "residual_multiplier", 1) != 1 else []
+        if found:
+            yield (
+                f"{type(inside).__name__} scales what its layers give by {found[0]!r}, and would "
+                "scale a branch beside them too, expected a plain residual sum; use a model "
+                "without such a scale"
+            )
 
     # --- structure -------------------------------------------------------------------------------
 
