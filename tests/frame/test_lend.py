@@ -11,8 +11,8 @@ import polyrank as pr
 from polyrank.errors import ConfigError, InertError
 from polyrank.frame import KaimingZero, get, names
 from polyrank.frame.lend import lent
-from polyrank.pairs import worded
 from polyrank.layers import adapter_of
+from polyrank.pairs import worded
 from polyrank.parts.starts import GradientStart
 from polyrank.testing import MODELS, Case, assert_close
 

@@ -205,6 +205,12 @@ def test_osf_4_frozen_triplets_stay_singular_triplets(shape):
     assert float(torch.linalg.norm(delta)) > 1e-3
 
 
+def rank_of(matrix):
+    """How many singular values stand above what fp32 leaves of zero."""
+    values = torch.linalg.svdvals(matrix)
+    return int((values > 1e-5 * values[0]).sum())
+
+
 def test_osf_5_with_all_frozen_nothing_trains_and_with_one_free_the_rank_is_two():
     x, _ = rows((12, 12))
     model = start(effective_rank=12)
@@ -212,7 +218,7 @@ def test_osf_5_with_all_frozen_nothing_trains_and_with_one_free_the_rank_is_two(
     assert [p.numel() for p in adapter_of(model).named().values()] == [0, 0, 0]
     assert torch.equal(model(x), net()(x))
     model = train(start(effective_rank=11), (12, 12))
-    assert int(torch.linalg.matrix_rank(change(model), rtol=1e-5)) <= 2
+    assert rank_of(change(model)) <= 2
     assert view.site.r == 0
 
 
@@ -222,9 +228,9 @@ def test_osf_5_the_update_has_twice_the_free_rank(share):
     U, S, V, weight = split_of(model)
     r = layer_of(model).site.r
     assert r == 12 - int(12 * share)
-    assert int(torch.linalg.matrix_rank(change(model), rtol=1e-5)) <= 2 * r
+    assert rank_of(change(model)) <= 2 * r
     left = weight + change(model) - (U * S) @ V
-    assert int(torch.linalg.matrix_rank(left, rtol=1e-5)) <= r
+    assert rank_of(left) <= r
 
 
 def test_osf_6_on_a_square_side_both_bases_project_alike():
