@@ -14,11 +14,10 @@ Differs from the released code: statistics of rd alone (`record`); m learns noth
     stream needs to go on is saved. Rates are the run's `lr`, theirs 0.005, with batches of 32. A
     run warms up and clips gradients, theirs does neither: --train warmup=0 max_grad_norm=1e9.
 Limits: a classifier that grows, and `polyrank.run`, one process, whose phases no other loop has;
-    blocks with known norms that scale nothing in front of their sum; a dropout or drop path there
-    drops D along in training (a ViT has none unless asked). In blocks that norm afterwards D is
-    added before the sum (own reconstruction). No merge, replica or replay. A mean over tokens
-    weighs them all alike: not for words that are to come. Cost: 2 d r + r + d weights an adapter,
-    2 d q + q + d a descriptor, which the export `answers` leaves out; one to four scans a task.
+    blocks with known norms, and in those that norm afterwards D is added before the sum (own
+    reconstruction). No merge, replica or replay. A mean over tokens weighs them all alike: not for
+    words that are to come. Cost: 2 d r + r + d weights an adapter, 2 d q + q + d a descriptor,
+    which the export `answers` leaves out; one to four scans a task.
 Status: formulas, decisions and resumption tested; published figures not verified. On digits (3
     seeds, tau = 1.5, bench/results/streams-digits.md) it forgets .31 and LoRA with masked .82, at
     accuracies of .45 and .31. Growth there is not below linear: 9, 10 and 10 adapters of 10, for

@@ -2,13 +2,13 @@
 
 D(h) = s · Σ_k w_k (ReLU(h Wd_kᵀ + bd_k) Wu_kᵀ + bu_k),  w = softmax(m W_mixᵀ + b_mix), m the mean
 of h over real tokens; h (batch, tokens, d) is what enters the norm before the feed-forward layers,
-and D is added to what they give. With one adapter w is exactly 1.
+and D is added to what the transformer block gives. With one adapter w is exactly 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
@@ -21,25 +21,23 @@ from polyrank.frame import Block, Flow, Site, keyed
 from polyrank.layers.views import wide
 from polyrank.parts.windows import Windows
 
-# (tap, add): the norm before the feed-forward layers and those layers, or what stands last between
-# them and the residual sum. Of blocks that norm afterwards, what enters the feed-forward layers and
-# their last one, before the sum.
+# (tap, add, a part that tells the kind). Blocks that norm before their feed-forward layers: that
+# norm, and the block itself, since it may scale what those layers give, or drop some of it. Of
+# blocks that norm afterwards, what enters those layers, and the last module before the sum.
 PLACES = (
-    ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    ("mlp", "post_feedforward_layernorm"),
-    ("post_attention_layernorm", "post_mlp_layernorm"),
-    ("norm2", "drop_path2"),
-    ("norm2", "layer_scale2"),
-    ("layernorm_after", "mlp"),
-    ("layernorm_after", "output.dense"),
-    ("layer_norm2", "mlp"),
-    ("norm2", "mlp"),
-    ("post_attention_layernorm", "mlp"),
-    ("ln_2", "mlp"),
-    ("layer.2.layer_norm", "layer.2.DenseReluDense"),
-    ("layer.1.layer_norm", "layer.1.DenseReluDense"),
-    ("intermediate", "output.dense"),
-    ("ffn", "ffn"),
+    ("pre_feedforward_layernorm", "", "post_feedforward_layernorm"),
+    ("mlp", "", "post_feedforward_layernorm"),
+    ("layernorm_after", "", "mlp"),
+    ("layernorm_after", "", "output.dense"),
+    ("layer_norm2", "", "mlp"),
+    ("norm2", "", "mlp"),
+    ("post_attention_layernorm", "", "mlp"),
+    ("ln_2", "", "mlp"),
+    ("layer.2.layer_norm", "", "layer.2.DenseReluDense"),
+    ("layer.1.layer_norm", "", "layer.1.DenseReluDense"),
+    ("intermediate", "output.dropout", "output.dense"),
+    ("intermediate", "output.dense", "output.dense"),
+    ("ffn", "ffn", "ffn"),
 )
 
 
@@ -49,10 +47,10 @@ def place_of(site: Site) -> tuple[str, str]:
     Raises:
         ConfigError: for a block of none of the known shapes.
     """
-    for tap, add in PLACES:
-        if tap in site.modules and add in site.modules:
+    for tap, add, part in PLACES:
+        if {tap, add or tap, part} <= {*site.modules}:
             return tap, add
-    known = ", ".join(f"{tap} and {add}" for tap, add in PLACES)
+    known = ", ".join(f"{tap} and {part}" for tap, _, part in PLACES)
     raise ConfigError(
         f"block: {site.path!r} has no norm before feed-forward layers that is known here, expected "
         f"modules {known}; use a model with such blocks"
@@ -175,19 +173,6 @@ class Expandable(Block):
         self.held_window: Windows | None = None
         self._fresh(None)
 
-    def unfit(self, inside: nn.Module, adapter: str) -> Iterator[str]:
-        """Yield a line if D would not arrive with factor s: its block scales what is added."""
-        found = [name for name, _ in inside.named_parameters(recurse=False)]
-        scales = [n for n, m in inside.named_modules() if "LayerScale" in type(m).__name__]
-        found += [] if self.add in ("layer_scale2", "drop_path2") else scales
-        found += ["residual_multiplier"] if getattr(inside, "residual_multiplier", 1) != 1 else []
-        if found:
-            yield (
-                f"{type(inside).__name__} scales what its layers give by {found[0]!r}, and would "
-                "scale a branch beside them too, expected a plain residual sum; use a model "
-                "without such a scale"
-            )
-
     # --- structure -------------------------------------------------------------------------------
 
     @property
@@ -277,13 +262,15 @@ class Expandable(Block):
 
     # --- answers ---------------------------------------------------------------------------------
 
-    def forward(self, base: Any, x: Tensor, tapped: Tensor, flow: Flow) -> Tensor:
+    def forward(self, base: Any, x: Tensor, tapped: Tensor, flow: Flow) -> Any:
         """Return base(x) + D(tapped).
 
         Raises:
             ConfigError: if samples and tokens cannot be told apart.
         """
-        y: Tensor = base(x)
+        whole = base(x)
+        # Some transformer blocks return more than hidden states.
+        y: Tensor = whole if isinstance(whole, Tensor) else whole[0]
         if tapped.dim() != 3:
             raise ConfigError(
                 f"block at {self.path}: got hidden states of shape {tuple(tapped.shape)}, expected "
@@ -303,7 +290,7 @@ class Expandable(Block):
         split = weights.split(sizes, -1)
         for part, w in zip(parts, split, strict=True):
             y = y + self.scale * part(h, w)
-        return y
+        return y if isinstance(whole, Tensor) else (y, *whole[1:])
 
     def _logits(self, m: Tensor) -> Tensor:
         rows = [r for r in (self.held_router, self.router) if r is not None]
