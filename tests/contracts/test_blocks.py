@@ -164,6 +164,10 @@ def test_a_forward_put_around_a_block_later_outlives_it():
     mlp.forward = lambda x: 2 * inner(x)
     doubled = toy.answer(model)
     assert not torch.equal(doubled, now)
+    host = mlp._modules["side_block"]
+    mlp._modules["side_block"] = nn.Sequential(host)
+    assert torch.equal(toy.answer(model), doubled)
+    mlp._modules["side_block"] = host
     plain = model.unload()
     expected = toy.answer(plain)
     again = pr.adapt(plain, toy.method).eval()

@@ -265,8 +265,10 @@ class BlockForward:
 
     def _run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         host = self.host
-        hosted = self.module._modules.get(NAME) is host and host.flow.view != "base"
-        names = host.serving() if hosted else []
+        found = self.module._modules.get(NAME)
+        # What wraps the host, as a sharding library may, does not make it another one.
+        gone = found is None or (isinstance(found, BlockHost) and found is not host)
+        names = [] if gone or host.flow.view == "base" else host.serving()
         taken = dict(host.tapped)
         host.tapped.clear()
         outer = _Original(self, "", args, kwargs)
