@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import polyrank as pr
+from polyrank.engine.attachment import attach
 from polyrank.errors import ConfigError
 from polyrank.frame import keyed
 from polyrank.layers import adapter_of
@@ -307,6 +308,23 @@ def test_jitter_reaches_the_router_alone_and_in_training_alone():
     w = z.softmax(-1) * F.one_hot(z.argmax(-1), E)
     parts = torch.stack([expert("llama", inside, e, x) for e in range(E)])
     assert_close(y, (w.movedim(-1, 0)[..., None] * parts).sum(0))
+
+
+def test_jitter_and_dropout_are_drawn_by_the_seed_of_the_run_not_of_the_starting_values():
+    method = pr.method("mixlora", **SMALL, router="switch", jitter=0.5, dropout=0.1)
+
+    def keys(start, run):
+        model = pr.adapt(MODELS["llama"].build(), method, "all-linear", seed=start).train()
+        optimizer = torch.optim.SGD(pr.parameter_groups(model, lr=0.0))
+        attachment = attach(optimizer, model, seed=run)
+        model(**MODELS["llama"].inputs())
+        attachment.detach()
+        adapter = adapter_of(model)
+        flow = adapter.layers[0].module.flow
+        return flow.key(mixtures(adapter)[0].noise), flow.key(adapter.layers[0].seed)
+
+    assert keys(1, 0) == keys(2, 0)
+    assert all(one != two for one, two in zip(keys(1, 0), keys(1, 5), strict=True))
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -91,7 +91,11 @@ class Flow:
         return mask.flatten() if len(shape) == 1 and shape[0] == mask.numel() else None
 
     def key(self, seed: int) -> int | Tensor:
-        """Return the key of 63 bits that `seed` has in this forward, and in no other."""
+        """Return the key of 63 bits that `seed` has in this forward, and in no other.
+
+        `seed` tells places of the model apart. Runs differ by `draw`, which the engine fills from
+        the seed of the run; the seed of an adapter decides its starting values alone.
+        """
         draw = self.draw if torch.compiler.is_compiling() else int(self.draw)
         return (seed + draw) & (2**63 - 1)
 
