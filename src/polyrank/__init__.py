@@ -43,6 +43,7 @@ _HOMES = {
     "attach_automatically": "polyrank.engine",
     "compact": "polyrank.layers",
     "conditioned": "polyrank.layers",
+    "end_task": "polyrank.parts.resplit",
     "export": "polyrank.io.adapters",
     "hotswap": "polyrank.layers",
     "initialise": "polyrank.layers",

@@ -183,6 +183,8 @@ def test_a_target_that_matches_nothing_is_answered_with_names_that_would(case):
     assert untouched(base, kinds)
     with pytest.raises(ConfigError, match=r"got 'nothing\.\*', which matches no layer"):
         get_peft_model(base, pr.PolyrankConfig(target_modules="nothing.*"))
+    with pytest.raises(ConfigError, match=r"whole path; write \['q_proj'\]"):
+        get_peft_model(base, pr.PolyrankConfig(target_modules="q_proj"))
     assert untouched(base, kinds)
 
 

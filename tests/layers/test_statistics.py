@@ -338,6 +338,12 @@ def test_without_a_batch_there_is_nothing_to_start_from():
         pr.initialise(rare("used"), [], square)
 
 
+@pytest.mark.parametrize("batches", [{"input_ids": torch.ones(1, 4)}, [torch.ones(1, 4)]])
+def test_batches_that_a_model_cannot_be_called_with_are_named(batches):
+    with pytest.raises(ConfigError, match=r"got a batch of type (str|Tensor), expected mappings"):
+        pr.initialise(rare("used"), batches)
+
+
 def test_a_method_that_wants_statistics_does_not_train_without_them():
     tiny, model = adapted("llama")
     batch = tiny.inputs(0)

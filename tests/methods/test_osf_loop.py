@@ -97,7 +97,7 @@ def test_a_nested_split_stays_nested_in_ones_own_loop(options):
     model = start(nested=True, **options)
     held = [(v.core.high_u.clone(), v.core.high_v.clone()) for v in views(model)]
     train(model, 30, lr=0.3)
-    with pytest.raises(ConfigError, match=r"absorb: at 0 .*parts.resplit.end_task"):
+    with pytest.raises(ConfigError, match=r"absorb: at 0 .*polyrank.end_task"):
         absorb(model, archive="folded")
     x = torch.randn(4, 12, generator=keyed("x"))
     expected, free = model(x), end_task(model, 0)
@@ -171,6 +171,18 @@ def test_a_start_that_has_learnt_is_not_thrown_away():
         redraw(model)
     absorb(model)
     redraw(model)
+
+
+@pytest.mark.parametrize("parametrisation", ["factors", "core", "block"])
+def test_a_schedule_that_moves_moves_in_ones_own_loop_or_absorb_says_what_to_call(parametrisation):
+    model = start(schedule="progressive", tasks=3, parametrisation=parametrisation)
+    assert [view.site.r for view in views(model)] == [11, 11]
+    for task in range(2):
+        train(model)
+        with pytest.raises(ConfigError, match=r"how much is protected changes .*end_task"):
+            absorb(model)
+        end_task(model, task)
+        assert [view.site.r for view in views(model)] == [8 - 4 * task] * 2
 
 
 @pytest.mark.parametrize("parametrisation", ["factors", "core", "block"])

@@ -80,8 +80,8 @@ def judge(views: Sequence[View]) -> None:
     if not absorbed and (bare := [v.site.path for v in views if v.archive is None]):
         raise CheckpointError(
             f"base weight at {bare[0]}: updates were absorbed into the base of this adapter and "
-            "not archived, and this is the base before; load the changed base, or train with "
-            "archive=True"
+            "not archived, and this is the base before; load the changed base, or keep "
+            "them at the end of a task by absorb(model, archive=True)"
         )
     for view in views:
         view.absorbed = absorbed

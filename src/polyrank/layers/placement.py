@@ -78,6 +78,9 @@ def no_match(model: nn.Module, config: PolyrankConfig, said: str) -> str:
     linear, wanted = _called(model), config.target_modules
     words = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
     guesses = "".join(dict.fromkeys(nearest(word, linear) for word in words))
+    if isinstance(wanted, str) and wanted in linear:
+        # PEFT takes a string for a pattern of whole paths.
+        guesses = f" a string is a regular expression of the whole path; write [{wanted!r}];"
     return (
         f"target_modules: got {(wanted if isinstance(wanted, str) else words)!r}, which matches no "
         f"layer;{guesses} this model's linear layers are called "
@@ -249,8 +252,8 @@ def make_blocks(
     if not made and type(method).sub_block is not Method.sub_block:
         problems.append(
             f"block: {method.name!r} found no transformer block in {type(model).__name__} "
-            "that it acts in, expected a ModuleList named layers, blocks or h; use a model that "
-            "has one"
+            "that it acts in, expected a ModuleList named layers, blocks or h, and what the method "
+            "reads of it among target_modules; use a model that has one, or name more targets"
         )
     if problems:
         raise ConfigError(problems)

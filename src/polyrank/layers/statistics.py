@@ -322,6 +322,11 @@ def _rows(batch: Any) -> int:
 def _value(loss: Loss | None, model: nn.Module, batch: Any, start: Init) -> tuple[Tensor, int]:
     """Return the mean loss of a batch, and the number of its terms."""
     if loss is None:
+        if not isinstance(batch, Mapping):
+            raise ConfigError(
+                f"initialise: got a batch of type {type(batch).__name__}, expected mappings of the "
+                "model's keyword arguments; put a single one into a list, or pass loss="
+            )
         found: Any = model(**batch).loss
         if found is None:
             raise ConfigError(

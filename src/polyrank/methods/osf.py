@@ -23,8 +23,8 @@ Differs from the released code: k is a layer's own; parameters are projected too
 Limits: nothing makes what a task learnt large enough for the next k (pictures protected-*), unless
     `nested`, which decomposes twice. Dense fp32 bases, or `lossy`; weights that no other module
     reads. W is never materialised in a forward. After merge_adapter and unmerge_adapter W is what
-    it was up to rounding: keep a copy. In one's own loop `polyrank.parts.resplit.end_task(model,
-    task)` ends a task, and a new optimiser begins the next. Cost: r (d_in + d_out + 1) weights and
+    it was up to rounding: keep a copy. In one's own loop `polyrank.end_task(model, task)` ends a
+    task, and a new optimiser begins the next. Cost: r (d_in + d_out + 1) weights and
     as many kept; 4 r (d_in + d_out) operations a token, and in bf16 the differences of factors,
     taken in fp32 so that small updates are seen; 4 k r (d_in + d_out) for each of two projections
     an update; a decomposition a layer and task, the last one too; archived m (d_in + d_out).
@@ -57,6 +57,8 @@ from polyrank.parts.projection import PRECISIONS, Project
 from polyrank.parts.resplit import UNSURE, Resplit
 from polyrank.parts.retention import SCHEDULES, Retention, share_problems, unread_problems
 from polyrank.parts.subspaces import (
+    MOVING,
+    NESTED,
     REACHES,
     TRAINED,
     SpectralStart,
@@ -178,7 +180,10 @@ class OSF(Method):
 
     def core(self, site: Site) -> Core:
         """Return S_l, R or what reads D."""
-        return core_of(self.parametrisation, site, self.reach, both=self.nested)
+        core = core_of(self.parametrisation, site, self.reach, both=self.nested)
+        if self.nested or self.schedule != "fixed":
+            core.unabsorbed = NESTED if self.nested else MOVING
+        return core
 
     def init(self) -> Init:
         """Start from the weight."""

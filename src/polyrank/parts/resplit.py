@@ -19,7 +19,7 @@ from polyrank.parts.decompose import leading
 from polyrank.parts.importance import measure, seen_by
 from polyrank.parts.retention import Retention
 from polyrank.parts.settle import narrow
-from polyrank.parts.subspaces import NESTED, Inner, Protecting, Tail, nest
+from polyrank.parts.subspaces import Inner, Protecting, Tail, nest
 
 UNSURE = ("refuse", "uniform")
 # Directions of each update that are remembered, for the picture of what protects them.
@@ -177,18 +177,20 @@ class Resplit(Boundary):
             absorbed: absorbs, with these ranks, and returns the layers.
             rng: draws, by path.
         """
-        if not self.nested:
-            return absorbed(ranks)
-        pairs = {v.site.path: _protected(v, ranks[v.site.path], rng(v.site.path)) for v in layers}
+        pairs = {
+            v.site.path: _protected(v, ranks[v.site.path], rng(v.site.path))
+            for v in (layers if self.nested else ())
+        }
+        reasons = {layer.site.path: layer.core.unabsorbed for layer in layers}
         try:
             for layer in layers:
                 layer.core.unabsorbed = ""
             layers = absorbed(ranks)
-            for layer in layers:
+            for layer in layers if self.nested else ():
                 nest(layer, *pairs[layer.site.path])
         finally:
             for layer in layers:
-                layer.core.unabsorbed = NESTED
+                layer.core.unabsorbed = reasons[layer.site.path]
         return layers
 
     def figures(self, workshop: Workshop, routing: dict[str, Any] | None) -> list[Figure]:

@@ -25,10 +25,15 @@ TRAINED = {
     "core": frozenset({"core"}),
     "block": frozenset({"A"}),
 }
-# Why `layers.absorb` alone would lose what a nested split protects.
+# Why `layers.absorb` alone would not do: it keeps the number of protected directions, and forgets
+# which ones they were.
 NESTED = (
     "what is protected stays from task to task, which a plain split of the new weight would "
-    "forget; call polyrank.parts.resplit.end_task"
+    "forget; call polyrank.end_task"
+)
+MOVING = (
+    "how much is protected changes from task to task, where absorb alone keeps it; call "
+    "polyrank.end_task"
 )
 DRIVERS = ("auto", "gram", "svd", "gesvd", "gesvdj", "gesvda")
 
@@ -143,7 +148,7 @@ class Tail(Protecting):
 
     def __init__(self, split: Split, *, both: bool = False) -> None:
         super().__init__(split, both=both)
-        self.widths, self.unabsorbed = (split.r, split.r), NESTED if both else ""
+        self.widths = (split.r, split.r)
         self.weight = nn.Parameter(torch.empty(split.r))
 
     def fill(self, rng: torch.Generator) -> None:
