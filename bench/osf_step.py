@@ -1,6 +1,6 @@
 r"""OSF on a Llama shape: set-up, time of a training step, and what leaks into the protected part.
 
-    python bench/osf_step.py --shape tiny --out /tmp/osf_tiny.csv
+    python bench/osf_step.py --shape tiny --out osf_tiny.csv
     python bench/osf_step.py --shape 1.2b --device cuda --dtype bfloat16 --batch 8 --tokens 1024 \
         --drivers gram gesvdj gesvda --out bench/results/osf_step_gpu.csv
 
