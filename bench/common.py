@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import polyrank
-from polyrank.frame import keyed
+from polyrank.frame import seed_of
 
 
 class NaiveMixture(nn.Module):
@@ -39,14 +39,23 @@ class NaiveMixture(nn.Module):
         return self.base(x) + F.linear((g * h).to(x.dtype), self.B) * 2.0
 
 
-def filled(model):
-    """The model with values in every factor that starts at zero: zeros would run faster."""
-    rng = keyed("bench", "B")
-    for name, p in model.named_parameters():
-        if p.requires_grad and not p.any():
-            with torch.no_grad():
-                p.copy_(torch.randn(p.shape, generator=rng) / p.shape[-1] ** 0.5)
-        del name
+def filled(model, named=""):
+    """The model with values in every factor that starts at zero: zeros would run faster.
+
+    Factors are the parameters that are trained or, if given, those with `named` in their names.
+    """
+    found = [p for n, p in model.named_parameters() if (named in n if named else p.requires_grad)]
+    if not found:
+        raise SystemExit("no parameter to fill: the wrong model is measured")
+    device = found[0].device
+    # Drawn where they lie, and asked for all at once: many adapters are thousands of tensors.
+    rng = torch.Generator(device).manual_seed(seed_of("bench", "B"))
+    with torch.no_grad():
+        alive = torch.stack([p.any() for p in found]).tolist()
+        for p, kept in zip(found, alive, strict=True):
+            if not kept:
+                drawn = torch.randn(p.shape, generator=rng, device=device)
+                p.copy_(drawn / p.shape[-1] ** 0.5)
     return model
 
 

@@ -5,14 +5,16 @@
 Random weights from a config, bf16, all seven projections of a block adapted, AdamW, next-token loss
 over 8 × 1024 random tokens; embeddings ask for a gradient, so that it passes through every layer.
 Systems take turns within a round; medians of rounds. `--losses` compares losses of that many steps
-by kernels, without them, and by the reference.
+by kernels, without them, and by the reference. Systems of `public_mixtures.py` need packages.
 """
 
 import argparse
 import gc
+import time
 
 import torch
-from common import Path_, adapted, peft_lora, rounds_us, save
+from common import Path_, adapted, filled, peft_lora, rounds_us, save
+from public_mixtures import ACTIVE, EXPERTS, PUBLIC
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import polyrank
@@ -38,6 +40,8 @@ SYSTEMS = {
     "smora": ("smora", "auto"),
     "smora eager": ("smora", "eager"),
 }
+# Not among those that run by default: experts of several ranks, ours and those of others.
+MIXTURES = {"mixlora": ("mixlora", "auto")} | {name: (name, "auto") for name in PUBLIC}
 
 
 def llama(shape):
@@ -54,18 +58,28 @@ def llama(shape):
     return model.requires_grad_(False)
 
 
+def options_of(kind, args):
+    """Ranks of a method of ours; experts share them, and charge nothing, as the others do not."""
+    if kind == "mixlora":
+        r = args.r // EXPERTS
+        return {"r": r, "alpha": 2.0 * r, "experts": EXPERTS, "k": ACTIVE, "aux": 0.0}
+    return {"r": args.r} | ({"k": args.k} if kind == "smora" else {})
+
+
 def system(name, args):
     """Model, and the optimiser's groups or None."""
-    kind, _ = SYSTEMS[name]
+    kind, _ = (SYSTEMS | MIXTURES)[name]
     base = llama(args.shape)
     if kind is None:
         model, groups = base, None
     elif isinstance(kind, bool):
         model = peft_lora(base, args.r, TARGETS, wide=kind)
         groups = [p for p in model.parameters() if p.requires_grad]
+    elif kind in PUBLIC:
+        model = filled(PUBLIC[kind](base, args.r, TARGETS))
+        groups = [p for p in model.parameters() if p.requires_grad]
     else:
-        options = {"k": args.k} if kind == "smora" else {}
-        model = adapted(base, polyrank.method(kind, r=args.r, **options), TARGETS)
+        model = adapted(base, polyrank.method(kind, **options_of(kind, args)), TARGETS)
         groups = polyrank.parameter_groups(model, lr=1e-4)
     base.enable_input_require_grads()
     return model.train(), groups
@@ -74,9 +88,10 @@ def system(name, args):
 def step_of(model, groups, ids, compiled):
     """A function that does one training step and returns its loss."""
     optimizer = None if groups is None else torch.optim.AdamW(groups, lr=1e-4)
-    if optimizer and "POLYRANK" in str(model.peft_config["default"].peft_type):
+    if optimizer and "POLYRANK" in str(getattr(model, "peft_config", "")):
         polyrank.attach(optimizer, model)
-    run = torch.compile(model) if compiled else model
+    # One shape and one graph: a second of either would be timed as if it were the first.
+    run = torch.compile(model, dynamic=False) if compiled else model
 
     def step():
         loss = run(input_ids=ids, labels=ids).loss
@@ -96,10 +111,13 @@ def measure(names, args, compiled):
     ids = torch.randint(0, vocabulary, (args.batch, args.tokens), device="cuda", generator=rng)
     steps, peaks = {}, {}
     for name in names:
-        before = torch.cuda.memory_allocated()
-        steps[name] = Path_(SYSTEMS[name][1], step_of(*system(name, args), ids, compiled))
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        path = (SYSTEMS | MIXTURES)[name][1]
+        steps[name] = Path_(path, step_of(*system(name, args), ids, compiled))
         for _ in range(2):
             steps[name]()
+        torch.cuda.synchronize()
+        print(f"{name}: ready after {time.perf_counter() - start:.1f} s", flush=True)
         torch.cuda.reset_peak_memory_stats()
         steps[name]()
         torch.cuda.synchronize()
