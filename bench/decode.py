@@ -1,6 +1,6 @@
 """Times unmerged adapters where tokens are few: one token, and a batch of many adapters.
 
-    python bench/decode.py --lanes 0 --out bench/results/decode.csv
+    python bench/decode.py --out bench/results/decode.csv
     python bench/decode.py --tokens --lanes 64 --out bench/results/lanes.csv
 
 A Llama-shaped model with random bf16 weights, no cache: a forward of one token (and of `--tokens`)
@@ -116,13 +116,13 @@ def main():
     parser.add_argument("--systems", default="base,peft bf16,peft fp32,lora,smora")
     parser.add_argument("--lane-systems", default="peft bf16,lora,smora")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16])
-    for name, default in {"r": 64, "k": 8, "rounds": 10, "lanes": 64, "lane_tokens": 1,
+    for name, default in {"r": 64, "k": 8, "rounds": 10, "lanes": 0, "lane_tokens": 1,
                           "lane_r": 16}.items():  # fmt: skip
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
     parser.add_argument("--out")
     args = parser.parse_args()
     if bool(args.tokens) == bool(args.lanes):
-        parser.error("one table at a time: --lanes 0, or --tokens without numbers")
+        parser.error("one table at a time: --tokens 1 16, or --tokens --lanes 64")
     if args.tokens:
         single(args)
     else:

@@ -1,6 +1,7 @@
 """Times one adapted linear layer on a GPU, beside the frozen layer and PEFT's LoRA.
 
-    python bench/rank_gate.py --out bench/results/rank_gate.csv [--cases main,wide] [--compile]
+    python bench/rank_gate.py --out bench/results/rank_gate.csv [--cases main,up]
+    python bench/rank_gate.py --compile --out bench/results/rank_gate_compiled.csv
 
 Forward, and forward + backward (gradients of x and of all adapter weights), in bf16, weights of the
 adapters in fp32 unless said otherwise. As called, where the host may be what is slow; a row of
@@ -9,9 +10,12 @@ forward to backward after a single layer is slower than one that works through a
 by a CUDA graph, which is the device's time alone. A round runs every system in a new order; medians
 of rounds.
 The figure that counts is the time over that of the frozen layer, as a ratio to PEFT's within a run.
+`--compile`: all systems under torch.compile, one graph each. `--public`: experts of another package
+beside ours (see `public_mixtures.py`).
 """
 
 import argparse
+import time
 
 import torch
 from common import (
@@ -25,6 +29,7 @@ from common import (
     rounds_us,
     save,
 )
+from public_mixtures import eulerforge_layer
 from torch import nn
 
 import polyrank
@@ -42,9 +47,11 @@ CASES = {
     "r256": (8192, 4096, 4096, 256, 16),
 }
 
-# Layers of a row, steps in a graph, and where compiled systems run along.
-ROW, REPEATS, COMPILED = 8, 4, ("main",)
+# Layers of a row, and steps in a graph.
+ROW, REPEATS = 8, 4
+# The eager path and experts that are looked for on the host are not to be captured everywhere.
 GRAPHED = ("base", "peft bf16", "peft fp32", "naive mixture", "smora", "lora")
+COMPILED = ("base", "peft bf16", "naive mixture", "smora", "lora")
 
 
 def gate():
@@ -91,7 +98,7 @@ def row_systems(d, n, r, k):
     }
 
 
-def systems(d, n, r, k, compiled):
+def systems(d, n, r, k, public=False):
     """Name → (model, POLYRANK_OPS)."""
 
     def base():
@@ -109,14 +116,25 @@ def systems(d, n, r, k, compiled):
         "lora eager": (adapted(base(), lora, ["0"]), "eager"),
         "lora": (adapted(base(), lora, ["0"]), "triton"),
     }
-    if compiled:
-        found |= {
-            "base compiled": (torch.compile(frozen), "auto"),
-            "peft bf16 compiled": (torch.compile(peft_lora(base(), r, ["0"], wide=False)), "auto"),
-            "smora compiled": (torch.compile(adapted(base(), smora, ["0"])), "triton"),
-            "lora compiled": (torch.compile(adapted(base(), lora, ["0"])), "triton"),
-        }
+    if public:
+        layer = eulerforge_layer(base()[0].requires_grad_(False), r)
+        found["eulerforge"] = (filled(nn.Sequential(layer)), "auto")
     return found
+
+
+def compiled(models):
+    """The same, each to become one graph for one shape.
+
+    A second graph, or a system that was given up and runs as Python, raises.
+    """
+    # Systems share code, and what was compiled for other cases counts against a limit.
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return {
+        name: (torch.compile(model, dynamic=False, fullgraph=True), path)
+        for name, (model, path) in models.items()
+        if name in COMPILED
+    }
 
 
 class Row(nn.Module):
@@ -199,60 +217,58 @@ def row_times(size, args):
 def measure(name, args):
     """Rows of one case."""
     T, d, n, r, k = CASES[name]
-    models = systems(d, n, r, k, args.compile and name in COMPILED)
+    models = systems(d, n, r, k, args.public)
     xs = [torch.randn(T, d, device="cuda").bfloat16().requires_grad_() for _ in range(3)]
     dy = torch.randn(T, n, device="cuda").bfloat16()
-    times = {}
     attach(models)
+    if args.compile:
+        models = compiled(models)
+    times = {}
     for backward in (False, True):
         steps = {}
         for system, (model, path) in models.items():
             model.train()
             steps[system] = Path_(path, step_of(model, xs, dy, backward))
+            start = time.perf_counter()
+            steps[system]()
+            torch.cuda.synchronize()
+            if args.compile:
+                print(f"{name:6} {system:20} compiled in {time.perf_counter() - start:.1f} s")
         times[backward] = rounds_us(steps, args.rounds, args.inner)
     peaks = {system: peak_mib(step) for system, step in steps.items()}
-    # The eager path and the host's waits are not to be captured everywhere.
-    graphs = {system: graph_of(steps[system], REPEATS) for system in GRAPHED}
-    device = dict.fromkeys(steps, float("nan"))
-    device |= {s: us / REPEATS for s, us in rounds_us(graphs, args.rounds, 2).items()}
+    graphs = {system: graph_of(steps[system], REPEATS) for system in GRAPHED if system in steps}
+    none = dict.fromkeys(steps, float("nan"))
+    device = none | {s: us / REPEATS for s, us in rounds_us(graphs, args.rounds, 2).items()}
     del graphs
-    in_row = dict.fromkeys(steps, float("nan")) | row_times(CASES[name], args)
-    rows = []
-    for system in models:
-        ref = "base compiled" if system.endswith("compiled") else "base"
-        peft = "peft bf16 compiled" if system.endswith("compiled") else "peft bf16"
-        extra = times[True][system] - times[True][ref]
-        ratio = extra / (times[True][peft] - times[True][ref])
-        alone = device[system] - device[ref]
-        device_ratio = alone / (device[peft] - device[ref])
-        rows.append(
-            {
-                "case": name, "tokens": T, "d_in": d, "d_out": n, "r": r, "k": k, "system": system,
-                "forward_us": round(times[False][system], 1),
-                "step_us": round(times[True][system], 1),
-                "extra_us": round(extra, 1),
-                "extra_over_peft": round(ratio, 3),
-                "device_us": round(device[system], 1),
-                "device_extra_us": round(alone, 1),
-                "device_extra_over_peft": round(device_ratio, 3),
-                "row_us": round(in_row[system], 1),
-                "row_extra_us": round(in_row[system] - in_row[ref], 1),
-                "row_extra_over_peft": round(
-                    (in_row[system] - in_row[ref]) / (in_row[peft] - in_row[ref]), 3
-                ),
-                "peak_extra_mib": round(peaks[system] - peaks["base"], 1),
-            }
-        )  # fmt: skip
-        print(
-            f"{name:6} {system:20} fwd {times[False][system]:7.1f}  step {times[True][system]:7.1f}"
-            f"  extra {extra:6.1f}  /peft {ratio:5.2f}"
-            f"  device {device[system]:6.1f} +{alone:6.1f}  /peft {device_ratio:5.3f}"
-            f"  row {in_row[system]:6.1f}  /peft {rows[-1]['row_extra_over_peft']:5.3f}"
-            f"  mem {rows[-1]['peak_extra_mib']:6.1f}"
-        )
+    in_row = none if args.compile else none | row_times(CASES[name], args)
     if args.profile:
         profile(steps["smora"])
-    return rows
+    found = {"forward": times[False], "step": times[True], "device": device, "row": in_row}
+    about = dict(
+        zip(("case", "tokens", "d_in", "d_out", "r", "k"), (name, *CASES[name]), strict=True)
+    )
+    about["mode"] = "compiled" if args.compile else "eager"
+    return [row_of(system, found, peaks, about) for system in models]
+
+
+def row_of(system, times, peaks, about):
+    """A row of the table: times, what they are over the frozen layer's, and that as PEFT's is."""
+    row = about | {"system": system, "forward_us": round(times["forward"][system], 1)}
+    for what, prefix in (("step", ""), ("device", "device_"), ("row", "row_")):
+        base, peft, own = (times[what][name] for name in ("base", "peft bf16", system))
+        row[f"{what}_us"] = round(own, 1)
+        row[f"{prefix}extra_us"] = round(own - base, 1)
+        row[f"{prefix}extra_over_peft"] = round((own - base) / (peft - base), 3)
+    row["peak_extra_mib"] = round(peaks[system] - peaks["base"], 1)
+    print(
+        "{case:6} {mode} {system:14} fwd {forward_us:7.1f}  step {step_us:7.1f}"
+        "  extra {extra_us:6.1f}  /peft {extra_over_peft:5.2f}"
+        "  device {device_us:6.1f} +{device_extra_us:6.1f}  /peft {device_extra_over_peft:5.3f}"
+        "  row {row_us:6.1f}  /peft {row_extra_over_peft:5.3f}"
+        "  mem {peak_extra_mib:6.1f}".format(**row),
+        flush=True,
+    )
+    return row
 
 
 def profile(step):
@@ -288,7 +304,7 @@ def host(args):
     }
     for name, us in rounds_us(products, 10, 100).items():
         print(f"host {name:16} {us:7.1f} us")
-    models = systems(512, 512, 64, 8, False)
+    models = systems(512, 512, 64, 8)
     attach(models)
     for system, (model, path) in models.items():
         step = Path_(path, step_of(model.train(), x, dy, True))
@@ -307,6 +323,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--inner", type=int, default=10)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--public", action="store_true")
     parser.add_argument("--host", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out")
