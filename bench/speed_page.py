@@ -3,25 +3,29 @@
 python bench/speed_page.py
 """
 
-import csv
 from pathlib import Path
 
+from speed_aims import aims
+from speed_tables import markdown, measured, table
+
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
+# Tables without which there is no page; those of other sections may be made later.
+TABLES = ("rank_gate", "model_step", "model_step_compiled", "losses", "steps_gpu", "memory",
+          "gates", "decode", "lanes", "rank_gate_tiles")  # fmt: skip
 NAMES = {
     "base": "frozen layer", "peft bf16": "PEFT LoRA, bf16 adapters",
     "peft fp32": "PEFT LoRA, its default (fp32 adapters)", "naive mixture": "mixture, naive torch",
     "smora eager": "`smora`, without kernels", "lora eager": "`lora`, without kernels",
-    "smora": "`smora`", "lora": "`lora`",
+    "smora": "`smora`", "lora": "`lora`", "mixlora": "`mixlora`, 8 experts",
+    "xlora": "PEFT X-LoRA", "public mixlora": "mixlora 0.2.3", "eulerforge": "eulerforge 0.1.0",
 }  # fmt: skip
 # Milliseconds of the device, counted from bytes at 3.0 TB/s (a copy, measured) for the main case.
 FLOOR_TB = 3.0
 
 
-def table(name):
-    """Rows of a table in bench/results."""
-    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def section(name, text, made):
+    """A text and what is made from a table; nothing while there is no table."""
+    return f"\n\n{text}\n\n{made(name)}" if measured(name) else ""
 
 
 def origin(row):
@@ -30,15 +34,9 @@ def origin(row):
     return f"{row['device']}, {versions}, {row['date']}; `{row['command']}`"
 
 
-def markdown(head, rows):
-    """A table in Markdown."""
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
-
-
-def layers():
+def layers(name):
     """The section of single layers."""
-    rows = table("rank_gate")
+    rows = table(name)
     found = []
     for row in rows:
         if row["system"] == "base":
@@ -51,8 +49,9 @@ def layers():
             "–" if device == "nan" else f"{device} ({row['device_extra_over_peft']})",
             row["peak_extra_mib"],
         ))  # fmt: skip
-    head = ("system", "step, µs", "over the frozen layer, µs", "of PEFT's", "in a row, of PEFT's",
-            "device alone, µs (of PEFT's)", "peak memory, MiB")  # fmt: skip
+    peft = "PEFT compiled" if rows[0].get("mode") == "compiled" else "PEFT's"
+    head = ("system", "step, µs", "over the frozen layer, µs", f"of {peft}", f"in a row, of {peft}",
+            f"device alone, µs (of {peft})", "peak memory, MiB")  # fmt: skip
     return f"{markdown(head, found)}\n\n{origin(rows[0])}"
 
 
@@ -64,7 +63,9 @@ def steps(name):
          r["over_peft_fp32"] or "–", r["peak_mib"])
         for r in rows
     ]  # fmt: skip
-    head = ("system", "ms a step", "of PEFT, bf16", "of PEFT's default", "peak memory, MiB")
+    how = ", compiled" if rows[0]["mode"] == "compiled" else ""
+    head = ("system", "ms a step", f"of PEFT, bf16{how}", f"of PEFT's default{how}",
+            "peak memory, MiB")  # fmt: skip
     return f"{markdown(head, found)}\n\n{origin(rows[0])}"
 
 
@@ -127,6 +128,18 @@ def decoding():
     return f"{markdown(head, found)}\n\n{origin(rows[0])}; commits in `bench/results/decode.csv`"
 
 
+def lanes(name):
+    """The section of a batch of many adapters."""
+    rows = table(name)
+    found = [
+        (r["case"], NAMES[r["system"]], r["us"], round(1 / float(r["extra_over_peft"]), 2),
+         r.get("setup_seconds") or "–")
+        for r in rows
+    ]  # fmt: skip
+    head = ("case", "system", "µs a forward", "throughput, of PEFT's", "made in, s")
+    return f"{markdown(head, found)}\n\n{origin(rows[0])}"
+
+
 def kernels():
     """The section of single kernels, beside torch's products and their bytes."""
     rows = table("rank_gate_tiles")
@@ -163,54 +176,6 @@ def kernels():
     return f"{markdown(head, found)}\n\n{about['device']}, {about['date']}; `{about['command']}`"
 
 
-def found(name, column, **where):
-    """One figure of a table."""
-    rows = [r for r in table(name) if all(r[key] == value for key, value in where.items())]
-    return float(rows[0][column])
-
-
-def aims():
-    """The section of what was aimed at: aims as ratios to PEFT's, what was found, what is known."""
-
-    def layer(system, column, case="main"):
-        return found("rank_gate", f"{column}extra_over_peft", case=case, system=system)
-
-    def few(system, mode, case="1 tokens"):
-        return found("decode", "extra_over_peft", case=case, mode=mode, system=system)
-
-    whole = {"system": "smora"}
-    rows = [
-        ("`smora`, one layer, device alone", 0.53, layer("smora", "device_"), ""),
-        ("`smora`, one layer, as called", 0.53, layer("smora", ""),
-         "1.01 before. The host is slow. Tried: fewer look-ups (predicted 35 µs less, found "
-         "9 on a CPU), counts kept and not copied, starts without Triton's Python (3 µs each). It "
-         "would take a cached check of what a layer holds"),
-        ("`lora`, one layer, device alone", 0.48, layer("lora", "device_"),
-         "dy is read by u = dy B and again by dB. One read for both was not tried: its parts of dB "
-         "would fill as much memory as dy"),
-        ("`lora`, one layer, in a row", 0.48, layer("lora", "row_"), "the same"),
-        ("`smora`, 2048 tokens, device alone", 0.53, layer("smora", "device_", "short"),
-         "as called the host rules, yet it is ahead of the eager path. Nine short kernels pay for "
-         "their beginnings and ends"),
-        ("`smora`, whole step, of PEFT bf16", 0.91, found("model_step", "over_peft_bf16", **whole),
-         "its passes take about 10 ms of the device, near their bytes"),
-        ("`smora`, whole step, of PEFT's default", 0.56,
-         found("model_step", "over_peft_fp32", **whole),
-         "the frozen model alone is half of PEFT's step on this machine, which leaves a smaller "
-         "share than was counted on"),
-        ("`smora`, compiled", 0.93, found("model_step_compiled", "over_peft_bf16", **whole),
-         "not tuned: shared reads are off in a compiled graph, where PEFT's additions vanish"),
-        ("`lora`, one token, CUDA graph", 0.7, few("lora", "graph"), "0.69 before"),
-        ("`smora`, one token, CUDA graph", 0.7, few("smora", "graph"),
-         "0.94 before; two launches for a group were predicted to give 0.53"),
-        ("`lora`, one token, eager", 0.7, few("lora", "eager"),
-         "1.55 before; predicted 0.3. Python around the two launches is what is left"),
-        ("`smora`, one token, eager", 0.7, few("smora", "eager"), "1.69 before; the same"),
-    ]  # fmt: skip
-    head = ("what", "aim", "found", "what is known of it")
-    return markdown(head, [(what, aim, got, note) for what, aim, got, note in rows])
-
-
 TEXT = """<!-- Made by bench/speed_page.py from bench/results; do not edit. -->
 # Speed on a GPU
 
@@ -227,18 +192,18 @@ of their own, likely because forward and backward run in two threads that wake e
 row*: eight such layers in one step, by the layer. *Device alone* replays the same work as a CUDA
 graph. How fast the host is varies between machines of one kind; ratios hold within a case.
 
-{layers}
+{layers}{layers_compiled}{layers_public}
 
 ## A whole training step
 
 1.2 B parameters in Llama's shape, 8 × 1024 tokens, all seven projections of a block adapted, AdamW.
 
-{steps}
+{steps}{steps_7b}
 
-Four layers of the same shape under `torch.compile`, where PEFT's additions become one kernel with
+Four layers of 1.2 B's shape under `torch.compile`, where PEFT's additions become one kernel with
 their neighbours and layers that read the same x are not computed together:
 
-{compiled}
+{compiled}{compiled_7b}{public}
 
 Losses of 50 steps. The control makes all products in fp32, and so differs from the eager path by
 what bf16 rounds; gates that choose ranks turn such differences into other choices.
@@ -263,10 +228,14 @@ that `POLYRANK_OPS=auto` follows.
 
 ## Few tokens
 
-A forward of the same model with the adapter unmerged, and 64 adapters in one batch (4 layers). Up
-to 64 tokens without gradients, q, k and v (gate and up) take two launches beside the base products.
+A forward of the same model with the adapter unmerged. Up to 64 tokens without gradients, q, k and v
+(gate and up) take two launches beside the base products.
 
 {decoding}
+
+64 adapters in one batch of 64 samples, each with its own, in a model of four layers:
+
+{lanes}
 
 ## Kernels
 
@@ -279,17 +248,34 @@ Nothing is accumulated onto y and dx any more: the base product adds onto the up
 ## What stands against what was aimed at
 
 {aims}
-
-Throughput of 64 adapters in a batch was measured for `lora` alone (aim: 5 times PEFT's).
 """
+
+# What stands over tables that may not be there yet.
+COMPILED = """Under `torch.compile`, every system as one graph; PEFT's is then compiled as well."""
+LAYERS_PUBLIC = """Beside experts of another package (eulerforge: 8 experts of rank 8 with a router,
+2 of them a token), which are looked for on the host, so that no graph can replay them:"""
+SEVEN = "Four layers of 7 B's shape (4096 wide, FFN of 11008), the same batch:"
+SEVEN_COMPILED = "The same four layers under `torch.compile`:"
+MIXTURES = """Mixtures of LoRA experts by others, in the dtype of the base, 64 ranks in 8 experts,
+2 of them a token, four layers of 7 B's shape. PEFT's X-LoRA weighs whole adapters after a forward
+of the frozen model; mixlora has experts in the FFN, as `mixlora` here, and LoRA of rank 8 in the
+attention; eulerforge has experts and a router in every layer. Not beside them: moe-peft and mlora,
+which ask for torch below 2.6 and 2.4; concadptr, which is X-LoRA's way again; PEFT's Poly, which
+chooses by task, and Lily, which mixes by the mean of all tokens."""
 
 
 def page():
     """The text of docs/speed.md."""
     return TEXT.format(
-        layers=layers(), steps=steps("model_step"), compiled=steps("model_step_compiled"),
-        losses=losses(), methods=methods(), gates=gates(), decoding=decoding(), kernels=kernels(),
-        aims=aims(),
+        layers=layers("rank_gate"),
+        layers_compiled=section("rank_gate_compiled", COMPILED, layers),
+        layers_public=section("rank_gate_public", LAYERS_PUBLIC, layers),
+        steps=steps("model_step"), steps_7b=section("model_step_7b", SEVEN, steps),
+        compiled=steps("model_step_compiled"),
+        compiled_7b=section("model_step_7b_compiled", SEVEN_COMPILED, steps),
+        public=section("model_step_public", MIXTURES, steps),
+        losses=losses(), methods=methods(), gates=gates(), decoding=decoding(),
+        lanes=lanes("lanes"), kernels=kernels(), aims=aims(),
     )  # fmt: skip
 
 
