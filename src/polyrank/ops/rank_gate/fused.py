@@ -12,6 +12,7 @@ from torch import Tensor
 from polyrank.ops.rank_gate import launch
 from polyrank.ops.rank_gate.launch import At
 from polyrank.ops.rank_gate.plan import WIDTH, Call, Given, Part, Plan, call_of, plan_of, unit
+from polyrank.ops.rank_gate.product import reads
 
 # torch.mm(bf16, bf16, out_dtype=fp32), on CUDA only, came with torch 2.8.
 MM_WIDE = hasattr(torch.ops.aten.mm, "dtype")
@@ -60,7 +61,10 @@ def _output(
     x: Tensor, flat_x: Tensor, q: At, B: Tensor | At, found: Given, part: Part, call: Call
 ) -> Tensor:
     base, bias = found[:2]
-    if call.owned:
+    if part.folds:
+        out = x.new_empty(flat_x.shape[0], part.n)
+        part.sum(base, bias is not None).run(out, ((flat_x, base), (q, B)), bias)
+    elif call.owned:
         # The product that adds reads the update while it computes; a pass of its own costs more.
         out = x.new_empty(flat_x.shape[0], part.n)
         part.write(out, out, q, B, out if bias is None else bias)
@@ -92,7 +96,7 @@ def backward(
 
     Of `given` only W, gate, balance bias and row_scale are read.
     """
-    flat_x, call, (AW, buffer) = flat(x), plan.call, saved
+    flat_x, (AW, buffer) = flat(x), saved
     d = x.new_empty(plan.T, plan.ranks)
     dys = [dy if dy is None else flat(dy) for dy in dys]
     dys = [dy if dy is None or dy.dtype == x.dtype else dy.to(x.dtype) for dy in dys]
@@ -105,18 +109,32 @@ def backward(
         scaled.append(own)
     dx: Tensor | None = None
     if needs.x:
-        dx = x.new_empty(flat_x.shape)
-        if plan.vendor:
-            torch.mm(d, AW, out=dx)
-        else:
-            plan.spread(d.stride(0))(dx, dx, d, saved[0], dx, seed=seed if call.dropout else None)
-        if call.owned:
-            for part, dy in zip(plan.parts, dys, strict=True):
-                if dy is not None:
-                    accumulate(dx, dy, given[part.first])
+        dx = _input_gradient(flat_x, dys, given, d, AW, seed, plan)
         dx = dx if x.dim() == 2 else dx.view(x.shape)
     _key_gradients(grads, flat_x, d, scaled, seed, plan, needs)
     return dx, grads
+
+
+def _input_gradient(
+    x: Tensor, dys: Given, given: Given, d: Tensor, AW: Tensor, seed: int | Tensor, plan: Plan
+) -> Tensor:
+    call, dx = plan.call, x.new_empty(x.shape)
+    pairs = []
+    if call.owned:
+        present = zip(plan.parts, dys, strict=True)
+        pairs = [(dy, given[part.first]) for part, dy in present if dy is not None]
+    if plan.folds:
+        whole = torch.contiguous_format
+        pairs = [(t if reads(t) else t.clone(memory_format=whole), W) for t, W in pairs]
+        plan.sum(d, pairs).run(dx, [*pairs, (d, AW)])
+        return dx
+    if plan.vendor:
+        torch.mm(d, AW, out=dx)
+    else:
+        plan.spread(d.stride(0))(dx, dx, d, AW, dx, seed=seed if call.dropout else None)
+    for dy, W in pairs:
+        accumulate(dx, dy, W)
+    return dx
 
 
 def _member_gradients(
@@ -217,8 +235,21 @@ def found(tensors: list[Tensor]) -> Given:
     return [None if t.dim() == 1 and t.shape[0] == 0 else t for t in tensors]
 
 
-@torch.library.custom_op("polyrank::rank_gate", mutates_args=())
-def rank_gate_op(
+# Defined by hand: what `custom_op` puts around a call takes longer than many a kernel of it.
+_LIBRARY = torch.library.Library("polyrank", "FRAGMENT")
+_LIBRARY.define(
+    "rank_gate(Tensor x, Tensor?[] given, Tensor? mask, Tensor? key, SymInt seed, float[] numbers)"
+    " -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "rank_gate_backward(Tensor?[] dys, Tensor x, Tensor?[] given, Tensor?[] saved, Tensor? key, "
+    "SymInt seed, float[] numbers, bool[] needed) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _rank_gate(
     x: Tensor, given: list[Tensor | None], mask: Tensor | None, key: Tensor | None, seed: int,
     numbers: list[float],
 ) -> list[Tensor]:  # fmt: skip
@@ -228,7 +259,7 @@ def rank_gate_op(
     return [*outs, *_present(counts, x), *_present(saved, x)]
 
 
-@rank_gate_op.register_fake
+@torch.library.register_fake("polyrank::rank_gate", lib=_LIBRARY)
 def _(x, given, mask, key, seed, numbers):
     call = call_of(tuple(numbers))
     # Not among the plans of real tensors: its sizes may be symbols.
@@ -246,8 +277,7 @@ def _(x, given, mask, key, seed, numbers):
     return [*outs, *_present(counts, x), *_present(saved, x)]
 
 
-@torch.library.custom_op("polyrank::rank_gate_backward", mutates_args=())
-def rank_gate_backward_op(
+def _rank_gate_backward(
     dys: list[Tensor | None], x: Tensor, given: list[Tensor | None], saved: list[Tensor | None],
     key: Tensor | None, seed: int, numbers: list[float], needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
@@ -264,7 +294,7 @@ def rank_gate_backward_op(
     return _present(results, x)
 
 
-@rank_gate_backward_op.register_fake
+@torch.library.register_fake("polyrank::rank_gate_backward", lib=_LIBRARY)
 def _(dys, x, given, saved, key, seed, numbers, needed):
     needs = _needs(needed)
     found: list = [x.new_empty(x.shape) if needs.x else None]
@@ -277,3 +307,7 @@ def _(dys, x, given, saved, key, seed, numbers, needed):
 def _needs(flags: list[bool]) -> Needs:
     groups = zip(*(flags[1 + i :: 4] for i in range(4)), strict=True)
     return Needs(flags[0], tuple(groups))
+
+
+_LIBRARY.impl("rank_gate", _rank_gate, "CompositeExplicitAutograd")
+_LIBRARY.impl("rank_gate_backward", _rank_gate_backward, "CompositeExplicitAutograd")

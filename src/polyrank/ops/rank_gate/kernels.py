@@ -58,9 +58,9 @@ def _per_rank(values, cols, r, FOUND: tl.constexpr):
 
 
 @triton.jit
-def pack(A, rows, B, to, to_B, zeroed, r, e, d, n_out, r_B, sa, sr, sb, n_zeroed,
+def pack(A, rows, B, to, to_B, zeroed, r, e, d, n_out, r_B, sa, sr, sb, n_zeroed, scale,
          BLOCK: tl.constexpr, LINEAR: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """Casts [A; rows], each row of `rows` once per rank of its block, to (2r, d) and B to (n, r).
+    """Casts [A; rows], each row of `rows` once per rank of its block, to (2r, d), scale · B (n, r).
 
     Also writes zeros to `zeroed`, which later kernels count in.
     """
@@ -81,7 +81,7 @@ def pack(A, rows, B, to, to_B, zeroed, r, e, d, n_out, r_B, sa, sr, sb, n_zeroed
     if row >= r:
         at = strip.to(tl.int64) * BD + tl.arange(0, BD)
         found = at < n_out * r_B
-        v = tl.load(B + (at // r_B) * sb + at % r_B, mask=found)
+        v = tl.load(B + (at // r_B) * sb + at % r_B, mask=found).to(tl.float32) * scale
         tl.store(to_B + at, v.to(to_B.dtype.element_ty), mask=found)
 
 

@@ -21,7 +21,9 @@ _LOCK_WORDS = 1 << 16
 # fp32 memory for parts of sums, likewise of a stream; the last is the largest.
 _SCRATCH: dict[tuple[int, int], list[Tensor]] = {}
 # Of Triton; what stands inside of its launchers differs between them.
-_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# Whether a launcher can be started without its Python.
+DIRECT = VERSION == (3, 6)
 # Set by a kernel that met logits that are not finite; in memory that the host reads.
 _FLAGS: dict[int, tuple[Tensor, Any]] = {}
 
@@ -152,7 +154,7 @@ def _starter(made: Any) -> tuple[Any, Any, tuple[Any, ...]]:
     """What starts a compiled kernel: a function, the kernel, and what stands before hooks."""
     run = made.run
     known = getattr(run, "launch_pdl", None) is not None and hasattr(run, "launch")
-    if known and _VERSION == (3, 6) and not (run.global_scratch_size or run.profile_scratch_size):
+    if known and DIRECT and not (run.global_scratch_size or run.profile_scratch_size):
         # The launcher itself, without Python that looks for memory which this kernel does not need.
         cooperative, pdl = run.launch_cooperative_grid, run.launch_pdl
         return run.launch, made.function, (cooperative, pdl, None, None, made.packed_metadata)
@@ -212,11 +214,11 @@ def _seed(dropout: float) -> tuple[int, ...]:
 
 
 def pack(m: Member, d: int, n: int, r: int, r_B: int, strides: tuple[int, int, int]) -> Launch:
-    """Casts [A; rows] and B; strides of A, rows, B. Takes A, rows, B, AW, B', counts."""
+    """Casts [A; rows] and scale · B; strides of A, rows, B. Takes A, rows, B, AW, B', counts."""
     BD = 1024
     across = parts_of(d, BD)
     grid = (m.ranks(r) + parts_of(n * r_B, BD * across), across, 1)
-    numbers = (r, r // m.block, d, n, r_B, *strides, r if m.counts else 0)
+    numbers = (r, r // m.block, d, n, r_B, *strides, r if m.counts else 0, m.scale)
     return Launch(kernels.pack, grid, numbers, (m.block, m.linear, BD), 4, 2)
 
 
@@ -262,7 +264,7 @@ def write(
 
 def inner(
     m: Member, T: int, N: int, r: int, strides: tuple[int, ...], silent: int, dtype: torch.dtype,
-    *, bias: bool, scaled: bool,
+    *, scale: float, bias: bool, scaled: bool,
 ) -> Launch:  # fmt: skip
     """One read of dy (T, N); strides of dy, B (two), d and, if scaled, a d of its own.
 
@@ -272,7 +274,7 @@ def inner(
     R = tiles.padded(r)
     tile = tiles.read(T, N, R, dtype.itemsize)
     parts = parts_of(T, tile.rows)
-    numbers = (T, N, r, *strides, silent, m.scale, m.total, m.floor, m.tau, m.delta, m.eps)
+    numbers = (T, N, r, *strides, silent, scale, m.total, m.floor, m.tau, m.delta, m.eps)
     constants = (
         R, m.kind, bias, m.in_weight and bias, m.delta > 0,
         0.0 if m.kind == "self" else float("-inf"), scaled, N % tile.depth == 0, precision(dtype),

@@ -9,6 +9,7 @@ from torch import Tensor
 from polyrank.ops.rank_gate import launch
 from polyrank.ops.rank_gate.kernel_gates import KINDS
 from polyrank.ops.rank_gate.launch import At, Launch, Member
+from polyrank.ops.rank_gate.product import MOST_PAIRS, Product, gains, runs
 
 # Of one member: y or W, the bias of W, A, rows, B, gate, balance bias, row_scale.
 WIDTH = 8
@@ -65,6 +66,7 @@ class Part:
         width: how many it has.
         whole: whether it is the only member.
         silent: ranks without a column of B.
+        folds: whether its output is one sum of base product and update.
         wide: dtype of h.
     """
 
@@ -82,6 +84,8 @@ class Part:
         self._lay_out()
         self._inner: dict[tuple[int, int, bool], Launch] = {}
         self._values: dict[tuple[int, bool], Launch] = {}
+        self._sums: dict[tuple[int, bool], Product] = {}
+        self.folds = plan.foldable and gains(plan.T, self.n)
         self._forward(base, bias, unit(A), A if rows is None else unit(rows), unit(B))
 
     def _lay_out(self) -> None:
@@ -120,8 +124,12 @@ class Part:
         )  # fmt: skip
         row = self.n if base is None or call.owned else _row(base)
         out = row if call.inplace else self.n
+        # What is packed holds the scale.
+        self.scale = 1.0 if call.packs else m.scale
+        if self.folds:
+            return
         self.write = launch.write(
-            plan.T, self.n, self.r_B, (out, row, self.r, 1, strides[2]), m.scale, plan.dtype,
+            plan.T, self.n, self.r_B, (out, row, self.r, 1, strides[2]), self.scale, plan.dtype,
             add=not call.owned, bias=call.owned and bias is not None,
         )  # fmt: skip
 
@@ -133,7 +141,19 @@ class Part:
             strides = (sy, self.r_B, 1, sd, self.width)
             found = self._inner[sy, sd, scaled] = launch.inner(
                 self.m, plan.T, self.n, self.r, strides, self.silent, plan.dtype,
-                bias=self.biased, scaled=scaled,
+                scale=self.scale, bias=self.biased, scaled=scaled,
+            )  # fmt: skip
+        return found
+
+    def sum(self, W: Tensor, bias: bool) -> Product:
+        """x Wᵀ + q B'ᵀ [+ bias] as one sum."""
+        found = self._sums.get(key := (W.stride(0), bias))
+        if found is None:
+            plan = self.plan
+            strides = (self.n, (plan.sx, self.r), (W.stride(0), self.r_B))
+            found = self._sums[key] = Product(
+                (plan.T, self.n), (plan.d, self.r_B), strides, turned=True, bias=bias,
+                device=W.device,
             )  # fmt: skip
         return found
 
@@ -161,11 +181,24 @@ class Plan:
         bytes: size of the buffer of q, h, what is kept and B of all members.
         vendor: whether torch's own products of skinny matrices are the faster ones here.
         alike: whether one product can make the gradients of all A and rows.
+        foldable: whether base product and update can be one sum; see `product.py`.
+        folds: whether the gradient of x is one.
     """
 
-    def __init__(self, call: Call, x: Tensor, given: Given, mask: bool, seeded: bool) -> None:
+    def __init__(
+        self,
+        call: Call,
+        x: Tensor,
+        given: Given,
+        mask: bool,
+        seeded: bool,
+        *,
+        aligned: bool = False,
+    ) -> None:
         self.call, self.dtype, self.mask, self.seeded = call, x.dtype, mask, seeded
         (self.T, self.d), self.sx = x.shape, x.stride(0)
+        self.foldable = aligned and call.owned and call.packs and self._foldable(x, given)
+        self.folds = self.foldable and gains(self.T, self.d)
         self.parts: list[Part] = []
         self.bytes = start = 0
         for i in range(len(call.members)):
@@ -178,6 +211,34 @@ class Plan:
         self.alike = self.alike and not any(m.live_from for m in call.members)
         self._spread: dict[int, Launch] = {}
         self._keys: dict[tuple[int, int], Launch] = {}
+        self._sums: dict[Any, Product] = {}
+
+    def _foldable(self, x: Tensor, given: Given) -> bool:
+        """Whether copies of `product` can read the rows of all matrices."""
+        if self.call.dropout or len(self.call.members) >= MOST_PAIRS or not runs(x):
+            return False
+        if x.stride(0) < x.shape[1]:
+            return False
+        sizes = [x.stride(0), x.shape[1]]
+        for i in range(0, len(given), WIDTH):
+            W, A, B = given[i], given[i + 2], given[i + 4]
+            sizes += [W.stride(0), W.shape[0], A.shape[0], B.shape[1]]
+            if W.stride(1) != 1 or W.stride(0) < W.shape[1] or not B.shape[1]:
+                return False
+        return not any(size % 8 for size in sizes)
+
+    def sum(self, d: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Product:
+        """The gradient of x (T, d_in) as one sum over pairs (dy, W), d (T, ranks) and [A; rows]."""
+        strides = tuple((dy.stride(0), W.stride(0), W.shape[0]) for dy, W in pairs)
+        found = self._sums.get(strides)
+        if found is None:
+            dys, Ws, widths = zip(*strides, strict=True) if strides else ((), (), ())
+            found = self._sums[strides] = Product(
+                (self.T, self.d), (*widths, self.ranks),
+                (self.d, (*dys, self.ranks), (*Ws, self.d)), turned=False, bias=False,
+                device=d.device,
+            )  # fmt: skip
+        return found
 
     def spread(self, sd: int) -> Launch:
         """d [A; rows] as a gradient of x."""
@@ -203,6 +264,7 @@ class Plan:
 def plan_of(call: Call, x: Tensor, given: Given, mask: bool, seeded: bool) -> Plan:
     """The plan of a call, made at its first time."""
     key: list[Any] = [call, x.shape, x.stride(0), x.dtype, mask, seeded, launch.precision(x.dtype)]
+    places = x.data_ptr()
     for i in range(0, len(given), WIDTH):
         base, bias, A, rows, B, gate, balance, _ = given[i : i + WIDTH]
         key += (A.shape[0], A.stride(), A.dtype, B.shape, B.stride(), B.dtype, bias is None)
@@ -211,11 +273,15 @@ def plan_of(call: Call, x: Tensor, given: Given, mask: bool, seeded: bool) -> Pl
         if gate is not None:
             key.append(gate.dtype)
         key.append(balance is None)
-        if base is not None and not call.owned:
+        if call.owned:
+            places |= base.data_ptr()
+            key.append(base.stride())
+        elif base is not None:
             key += (base.dtype, _row(base))
+    key += (x.get_device(), aligned := not places & 15)
     found = _PLANS.get(known := tuple(key))
     if found is None:
         if len(_PLANS) >= _MOST:
             _PLANS.clear()
-        found = _PLANS[known] = Plan(call, x, given, mask, seeded)
+        found = _PLANS[known] = Plan(call, x, given, mask, seeded, aligned=aligned)
     return found
