@@ -29,7 +29,10 @@ class Router(nn.Module):
 
 def capturing(counts: Tensor) -> bool:
     """Say whether what is done to a tensor now is captured into a CUDA graph."""
-    return counts.is_cuda and torch.cuda.is_current_stream_capturing()
+    # A compiler cannot trace the question.
+    if torch.compiler.is_compiling() or not counts.is_cuda:
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 class RankGate(Core):
@@ -157,7 +160,7 @@ class RankGate(Core):
             self.kept.add_(counts)
             self.replayed = True
             return
-        if self.kept is None and counts.is_cuda:
+        if self.kept is None and counts.is_cuda and not torch.compiler.is_compiling():
             self.kept = torch.zeros_like(counts)
         if self.counts is None:
             # What a compiled graph returns may lie in memory that its next run writes.
