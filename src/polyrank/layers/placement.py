@@ -16,6 +16,7 @@ from polyrank.layers.config import PolyrankConfig
 from polyrank.layers.hosts import NAME as HOST
 from polyrank.layers.hosts import BlockHost, HeadHost
 from polyrank.layers.linear import AdaptedLinear
+from polyrank.layers.walks import outer
 
 PREFIX = "polyrank_"
 
@@ -67,7 +68,7 @@ def _called(model: nn.Module) -> set[str]:
     """Return the last parts of the names of linear layers."""
     return {
         path.rsplit(".", 1)[-1]
-        for path, module in model.named_modules()
+        for path, module in outer(model)
         if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
         and PREFIX not in path
     } - {"base_layer"}
@@ -94,7 +95,7 @@ def target_problems(model: nn.Module, config: PolyrankConfig) -> Iterator[str]:
     wanted = config.target_modules
     if wanted is None or isinstance(wanted, str):
         return
-    paths = [path for path, _ in model.named_modules()]
+    paths = [path for path, _ in outer(model)]
     lost = {t for t in wanted if not any(p == t or p.endswith(f".{t}") for p in paths)}
     if lost == set(wanted):
         # PEFT's own check says so, with what it knows about blocks and exclusions.
@@ -110,7 +111,7 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
     """Say why an adapter must not have a name."""
     parts = {part for path, _ in model.named_modules() for part in path.split(".")}
     own = {part for part in parts if part.startswith(PREFIX)}
-    adapters = {n for m in model.modules() if isinstance(m, (AdaptedLinear,)) for n in m.views}
+    adapters = {n for _, m in outer(model) if isinstance(m, AdaptedLinear) for n in m.views}
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         yield (
             f"adapter name: got {name!r}, expected letters, digits, '_' and '-'; rename the adapter"
@@ -130,7 +131,7 @@ def name_problems(model: nn.Module, name: str) -> Iterator[str]:
 def clashes(model: nn.Module, names: Iterable[str], blocks: Iterable[nn.Module]) -> Iterator[str]:
     """Say which adapter names are also names inside of adapters: saving would drop tensors."""
     inside = [*blocks]
-    for module in model.modules():
+    for _, module in outer(model):
         if isinstance(module, AdaptedLinear):
             for held in (*module.adapter_layer_names, *module.other_param_names):
                 inside += getattr(module, held).values()
@@ -183,7 +184,7 @@ def _several(module: nn.Module) -> bool:
 def blocks_of(model: nn.Module) -> list[tuple[str, int, int]]:
     """Return (path, number, count) of every transformer block, outermost only."""
     found = []
-    for path, module in model.named_modules():
+    for path, module in outer(model):
         if isinstance(module, nn.ModuleList) and PREFIX not in path:
             children = [name for name, child in module.named_children() if _several(child)]
             if children and re.search(r"(^|\.)(layers?|blocks?|h)$", path):
@@ -196,7 +197,7 @@ def depths_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return (number, count) of the block around every module inside of one."""
     places = {}
     blocks = blocks_of(model)
-    for path, _ in model.named_modules():
+    for path, _ in outer(model):
         for block, depth, depths in blocks:
             if path.startswith(block + "."):
                 places[path] = (depth, depths)

@@ -41,6 +41,7 @@ from polyrank.layers.placement import (
     width_of,
 )
 from polyrank.layers.root import Side, ensure_flow, hook_of, remove_flow
+from polyrank.layers.walks import outer
 
 
 class PolyrankModel(BaseTuner):
@@ -79,7 +80,7 @@ class PolyrankModel(BaseTuner):
         self._method = config.build()
         self._seed = config.seed if config.seed is not None else torch.initial_seed()
         self._depths = depths_of(model)
-        before = {id(m) for m in model.modules() if isinstance(m, AdaptedLinear)}
+        before = {id(m) for _, m in outer(model) if isinstance(m, AdaptedLinear)}
         try:
             super().inject_adapter(
                 model,
@@ -92,7 +93,7 @@ class PolyrankModel(BaseTuner):
             made = [block for _, _, block in blocks]
             if problems := [*clashes(model, self.peft_config, made)]:
                 raise ConfigError(problems)
-            hosts = [m for m in model.modules() if isinstance(m, AdaptedLinear)]
+            hosts = [m for _, m in outer(model) if isinstance(m, AdaptedLinear)]
             judge([m.views[adapter_name] for m in hosts if adapter_name in m.views])
         except Exception as error:
             self._undo(model, adapter_name, before)
@@ -123,7 +124,7 @@ class PolyrankModel(BaseTuner):
 
     def _activate_hosts(self, model: nn.Module, name: str, config: PolyrankConfig) -> None:
         # Hosts that were there keep the trainability that their adapters had.
-        for host in model.modules():
+        for _, host in outer(model):
             if isinstance(host, (BlockHost, HeadHost)) and name in host.owned:
                 if name in self.active_adapters:
                     host.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -249,7 +250,7 @@ class PolyrankModel(BaseTuner):
             self._match_base_dtype(adapter_name)
 
     def _match_base_dtype(self, name: str) -> None:
-        for layer in self.model.modules():
+        for _, layer in outer(self.model):
             if isinstance(layer, AdaptedLinear) and name in layer.views:
                 dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
                 if dtype is not None and dtype.is_floating_point:
