@@ -2,7 +2,7 @@
 
     python bench/model_step.py --out bench/results/model_step.csv [--compile] [--losses 50]
 
-Random weights from a config, bf16, all seven projections of a block adapted, AdamW, next-token loss
+Random weights from a config, bf16, all seven projections of a block adapted, fused AdamW, next-token loss
 over 8 × 1024 random tokens; embeddings ask for a gradient, so that it passes through every layer.
 Systems take turns within a round; medians of rounds. `--losses` compares losses of that many steps
 by kernels, without them, and by the reference. Systems of `public_mixtures.py` need packages.
@@ -87,7 +87,7 @@ def system(name, args):
 
 def step_of(model, groups, ids, compiled):
     """A function that does one training step and returns its loss."""
-    optimizer = None if groups is None else torch.optim.AdamW(groups, lr=1e-4)
+    optimizer = None if groups is None else torch.optim.AdamW(groups, lr=1e-4, fused=True)
     if optimizer and "POLYRANK" in str(getattr(model, "peft_config", "")):
         polyrank.attach(optimizer, model)
     # One shape and one graph: a second of either would be timed as if it were the first.

@@ -196,7 +196,8 @@ graph. How fast the host is varies between machines of one kind; ratios hold wit
 
 ## A whole training step
 
-1.2 B parameters in Llama's shape, 8 × 1024 tokens, all seven projections of a block adapted, AdamW.
+1.2 B parameters in Llama's shape, 8 × 1024 tokens, all seven projections of a block adapted, AdamW
+(fused, as transformers' Trainer has it).
 
 {steps}{steps_7b}
 
