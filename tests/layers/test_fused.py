@@ -12,6 +12,7 @@ import polyrank as pr
 from polyrank.layers import fused
 from polyrank.layers.linear import AdaptedLinear
 from polyrank.ops.rank_gate import naive
+from polyrank.ops.rank_gate.epilogue import KINDS
 from polyrank.testing import assert_close
 
 
@@ -33,7 +34,7 @@ def calls(monkeypatch):
     """Stands in for the kernels by the reference, and notes how many layers a call serves."""
     found = []
 
-    def linears(x, projections, dropout=0.0, seed=0, mask=None):
+    def linears(x, projections, dropout=0.0, seed=0, mask=None, memo=None):
         found.append(len(projections))
 
         def one(p, count):
@@ -48,7 +49,7 @@ def calls(monkeypatch):
         return [one(p, False)[0] for p in projections], counts
 
     monkeypatch.setattr(fused, "linears", linears)
-    monkeypatch.setattr(fused, "owned", lambda x, r, kind: True)
+    monkeypatch.setattr(fused, "reach", lambda x: (256, KINDS))
     return found
 
 
@@ -86,7 +87,7 @@ def test_siblings_are_computed_together_from_the_second_forward(calls, name, mon
     assert calls == [1, 1, 1, 1]
     second, again = step(model, x)
     assert calls[4:] == [3, 1]
-    monkeypatch.setattr(fused, "owned", lambda x, r, kind: False)
+    monkeypatch.setattr(fused, "reach", lambda x: (0, ()))
     plain, expected = step(model, x)
     assert len(calls) == 6
     for out, found in ((first, grads), (second, again)):

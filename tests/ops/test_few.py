@@ -29,9 +29,9 @@ def groups(monkeypatch):
     """Sizes of the groups that were started together."""
     found, call = [], few.Pair.__call__
 
-    def counted(self, x, given):
+    def counted(self, x, given, outs):
         found.append(len(given))
-        return call(self, x, given)
+        return call(self, x, given, outs)
 
     monkeypatch.setattr(few.Pair, "__call__", counted)
     return found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from polyrank.frame import Core, Flow
-from polyrank.ops.rank_gate import Projection, linears, owned
+from polyrank.ops.rank_gate import Memo, Projection, linears, reach
 
 if TYPE_CHECKING:
     from polyrank.layers.linear import AdaptedLinear
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 
 # The last input that was read by a layer for itself, and that layer; both held weakly.
 _LAST: list[weakref.ref[Any]] = []
-# What holds an adapter's core and factors, and what else one may have.
-_FACTORS = ("polyrank_core", "polyrank_A", "polyrank_B")
-_HELD = ("polyrank_bank", "polyrank_archive", "polyrank_shadow")
 # Forwards in a row that did not ask for what was computed ahead, before it is no longer computed.
 _PATIENCE = 3
+# Ranks and kinds of gates.
+Limits = tuple[int, tuple[str, ...]]
 
 
 class Ahead(NamedTuple):
@@ -46,6 +45,7 @@ class Sharing:
         self.followers: list[AdaptedLinear] = []
         self.ahead: Ahead | None = None
         self.missed = 0
+        self.memo = Memo()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Sharing:
         return Sharing()
@@ -62,33 +62,39 @@ class Served(NamedTuple):
 
     view: View
     core: Core
-    W: Tensor
-    b: Tensor | None
-    A: Tensor
-    B: Tensor
+    projection: Projection
 
 
 def through(layer: AdaptedLinear, x: Tensor, flow: Flow) -> Tensor | None:
     """Return the layer's output by the fused road, or None where that is not to be taken."""
-    if layer.sharing.ahead is not None and (y := _taken(layer, x)) is not None:
+    sharing, learning = layer.sharing, torch.is_grad_enabled()
+    if sharing.ahead is not None and (y := _taken(layer, x, learning)) is not None:
         return y
-    served = _served(layer, x)
+    limits = _limits(x)
+    served = _served(layer, x, flow, limits)
     if served is None:
         return None
-    view, core = served.view, served.core
+    view, core, projection = served
     dropout = view.method.dropout if core.training else 0.0
-    alone = bool(dropout) or torch.compiler.is_compiling() or _packed()
-    group = [served]
-    if not alone and layer.sharing.followers:
-        group += _ready(layer, x, view)
-    mask = flow.tokens(view.site.masks, x.shape[:-1])
+    compiling = torch.compiler.is_compiling()
+    alone = bool(dropout) or compiling or (learning and _packed())
+    group, given, counting = [served], [projection], projection.counts
+    if not alone and sharing.followers:
+        for each in _ready(layer, x, flow, served, limits):
+            group.append(each)
+            given.append(each.projection)
+            counting = counting or each.projection.counts
+    # Tokens are told apart where their choices are counted.
+    mask = flow.tokens(view.site.masks, x.shape[:-1]) if counting else None
     seed = flow.key(view.seed) if dropout else 0
-    outs, counts = linears(x, [_projection(each, flow) for each in group], dropout, seed, mask)
-    for each, found in zip(group, counts, strict=True):
-        if found is not None:
-            each.core.count(found)
+    memo = None if compiling else sharing.memo
+    outs, counts = linears(x, given, dropout, seed, mask, memo)
+    if counting:
+        for each, found in zip(group, counts, strict=True):
+            if found is not None:
+                each.core.count(found)
     if len(group) > 1:
-        version, learning = _version(x), torch.is_grad_enabled()
+        version = _version(x)
         for follower, y in zip(group[1:], outs[1:], strict=True):
             ahead = Ahead(x, version, learning, follower.view, y)
             follower.view.module.sharing.ahead = ahead
@@ -97,52 +103,68 @@ def through(layer: AdaptedLinear, x: Tensor, flow: Flow) -> Tensor | None:
     return outs[0]
 
 
-def _served(layer: AdaptedLinear, x: Tensor) -> Served | None:
-    """The one adapter that acts here, if the fused road can serve it."""
+def _limits(x: Tensor) -> Limits:
+    """The largest number of ranks and the gates that the fused road serves for an input."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
+        return 0, ()
+    return reach(x)
+
+
+def _served(layer: AdaptedLinear, x: Tensor, flow: Flow, limits: Limits) -> Served | None:
+    """The one adapter that acts here, if the fused road can serve it.
+
+    Asked anew at every call: nothing that a model may change is kept.
+    """
     # Looked up where modules keep them: their own look-up costs as much as a small kernel's start.
-    inside = layer._modules
-    base = cast("nn.Module", inside["base_layer"])
+    inside = cast("dict[str, Any]", layer._modules)
+    base = inside["base_layer"]
     if type(base) is not nn.Linear or layer.merged_adapters or _heard(base):
         return None
-    names = layer._active_adapter
-    if not isinstance(names, str):
-        if len(names) != 1:
-            return None
-        names = names[0]
-    view = layer.views.get(names)
+    if (name := _active(layer)) is None:
+        return None
+    view = layer.views.get(name)
     if view is None or view.evaluating:
         return None
-    held = {name: cast("nn.Module", inside[name])._modules for name in _FACTORS}
-    core = cast("Core", held["polyrank_core"][names])
-    A = cast("nn.Module", held["polyrank_A"][names])._parameters["weight"]
-    B = cast("nn.Module", held["polyrank_B"][names])._parameters["weight"]
-    assert A is not None
-    assert B is not None
-    if core.epilogue == "python" or not owned(x, A.shape[0], core.epilogue):
+    core: Core = inside["polyrank_core"]._modules[name]
+    A: Tensor = inside["polyrank_A"]._modules[name]._parameters["weight"]
+    B: Tensor = inside["polyrank_B"]._modules[name]._parameters["weight"]
+    if core.epilogue not in limits[1] or A.shape[0] > limits[0]:
         return None
-    W, b, device = base._parameters["weight"], base._parameters["bias"], x.device
-    if type(W) is not nn.Parameter or W.requires_grad or W.dtype != x.dtype or W.device != device:
+    W, b = base._parameters["weight"], base._parameters["bias"]
+    if type(W) is not nn.Parameter or W.requires_grad or W.dtype != x.dtype or W.device != x.device:
         return None
     if b is not None and b.requires_grad:
         return None
     if core.portion() is not None or core.base_gain() is not None:
         return None
-    more = any(cast("nn.Module", inside[name])._modules for name in _HELD)
-    if more and (view.bank is not None or view.shadow is not None):
+    if (inside["polyrank_bank"]._modules or inside["polyrank_archive"]._modules) and (
+        view.bank is not None
+    ):
         return None
-    kind = device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
+    if inside["polyrank_shadow"]._modules and view.shadow is not None:
         return None
-    return Served(view, core, W, b, A, B)
+    counts = core.counting and flow.live(core.training)
+    rows, scale, weighed = core.rows(), view.scale, view.row_scale
+    return Served(view, core, Projection(W, b, A, rows, B, core.fused(), scale, 0, weighed, counts))
+
+
+def _active(layer: AdaptedLinear) -> str | None:
+    """The adapter that acts, if there is one alone."""
+    names = layer._active_adapter
+    if isinstance(names, str):
+        return names
+    return names[0] if len(names) == 1 else None
 
 
 def _heard(base: nn.Module) -> bool:
-    """Whether hooks wait for the base layer's own call."""
+    """Whether somebody waits for the base layer's own call, or has put another in its place."""
     return bool(
         base._forward_hooks
         or base._forward_pre_hooks
         or base._backward_hooks
         or base._backward_pre_hooks
+        or "forward" in base.__dict__
     )
 
 
@@ -152,47 +174,42 @@ def _packed() -> bool:
     Its recompute must save the same tensors, and so must not share what its forward did not.
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return torch.is_grad_enabled() and (top is None or top(False) is not None)
-
-
-def _projection(served: Served, flow: Flow) -> Projection:
-    view, core, W, b, A, B = served
-    return Projection(
-        W, b, A, core.rows(), B, core.fused(), view.scale, 0, view.row_scale,
-        core.counting and flow.live(core.training),
-    )  # fmt: skip
+    return top is None or top(False) is not None
 
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _taken(layer: AdaptedLinear, x: Tensor) -> Tensor | None:
+def _taken(layer: AdaptedLinear, x: Tensor, learning: bool) -> Tensor | None:
     """What was computed ahead for this very call."""
     sharing = layer.sharing
     ahead, sharing.ahead = sharing.ahead, None
-    if ahead is None or ahead.x is not x or layer.active_adapters != [ahead.view.name]:
+    if ahead is None or ahead.x is not x or ahead.learning != learning:
         return None
-    if layer.merged_adapters or layer.views.get(ahead.view.name) is not ahead.view:
+    view = ahead.view
+    if layer.merged_adapters or _active(layer) != view.name:
         return None
-    if ahead.version != _version(x) or ahead.learning != torch.is_grad_enabled():
+    if layer.views.get(view.name) is not view or ahead.version != _version(x):
         return None
     sharing.missed = 0
     return ahead.y
 
 
-def _ready(layer: AdaptedLinear, x: Tensor, view: View) -> list[Served]:
+def _ready(
+    layer: AdaptedLinear, x: Tensor, flow: Flow, first: Served, limits: Limits
+) -> list[Served]:
     """The siblings to compute along."""
-    group, masks = [], view.site.masks
+    group, view = [], first.view
     for sibling in list(layer.sharing.followers):
-        found = _served(sibling, x)
-        if sibling.sharing.ahead is not None:
-            sibling.sharing.missed += 1
-            sibling.sharing.ahead = None
-        if sibling.sharing.missed >= _PATIENCE:
+        found, sharing = _served(sibling, x, flow, limits), sibling.sharing
+        if sharing.ahead is not None:
+            sharing.missed += 1
+            sharing.ahead = None
+        if sharing.missed >= _PATIENCE:
             layer.sharing.followers.remove(sibling)
             continue
-        if found and found.view.name == view.name and found.view.site.masks == masks:
+        if found and found.view.name == view.name and found.view.site.masks == view.site.masks:
             group.append(found)
     return group
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -97,7 +97,9 @@ class RankGate(Core):
 
     def rows(self) -> Tensor:
         """Return the router's rows, read in the same pass as A."""
-        return self.router.weight
+        # Looked up where modules keep it: their own look-up takes a kernel's time.
+        found = cast("nn.Module", self._modules["router"])._parameters.get("weight")
+        return self.router.weight if found is None else found
 
     def fill(self, rng: torch.Generator) -> None:
         """Draw the router; the bias starts at zero."""
@@ -108,7 +110,7 @@ class RankGate(Core):
     def fused(self) -> Epilogue:
         """Return the operator's form; made anew only when something of it changed."""
         now = (self.k, self.block, self.score, self.bias_in_weight, self.total)
-        bias, e = self.balance_bias, self.form
+        bias, e = self._parameters.get("balance_bias"), self.form
         if torch.compiler.is_compiling() or e is None or self.known != now or e.bias is not bias:
             e = Epilogue(
                 kind="linear",

@@ -45,6 +45,7 @@ class StaticGate(Core):
         super().__init__()
         self.widths, self.start, self.bank = (r, r), start, 0
         self.gate = nn.Parameter(torch.empty(r))
+        self.form: Epilogue | None = None
 
     def banked(self, ranks: int) -> None:
         """Weigh frozen ranks by one."""
@@ -68,8 +69,13 @@ class StaticGate(Core):
         return torch.cat([self.gate.new_ones(self.bank), self.gate])
 
     def fused(self) -> Epilogue:
-        """Return the operator's form."""
-        return Epilogue(kind="static", gate=self._all())
+        """Return the operator's form; made anew only when something of it changed."""
+        gate, e = self._all(), self.form
+        if torch.compiler.is_compiling() or self.bank:
+            return Epilogue(kind="static", gate=gate)
+        if e is None or e.gate is not gate:
+            e = self.form = Epilogue(kind="static", gate=gate)
+        return e
 
     def forward(self, h: Tensor, z: Tensor | None, flow: Flow) -> Tensor:
         """Return g ⊙ h."""

@@ -4,7 +4,6 @@
 picks one: auto (default), naive, eager or triton; a forced path that cannot run raises.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +15,23 @@ from polyrank.ops.philox import Word
 from polyrank.ops.rank_gate import eager, naive
 from polyrank.ops.rank_gate.epilogue import Epilogue
 from polyrank.ops.rank_gate.naive import gate
-from polyrank.ops.rank_gate.projection import INSTALLED, Projection, gains, owned
+from polyrank.ops.rank_gate.projection import INSTALLED, Memo, Projection, asked, gains, reach
 from polyrank.ops.rank_gate.selection import NonFiniteError
 
-__all__ = ["Epilogue", "NonFiniteError", "Projection", "gate", "linears", "owned", "rank_gate"]
+__all__ = [
+    "Epilogue",
+    "Memo",
+    "NonFiniteError",
+    "Projection",
+    "gate",
+    "linears",
+    "rank_gate",
+    "reach",
+]
 
 _PATHS = ("auto", "naive", "eager", "triton")
+# `linears` of the kernels, once it was needed: a statement that imports takes as long as a kernel.
+_LINEARS: list[Any] = []
 
 
 def rank_gate(
@@ -102,24 +112,31 @@ def linears(
     dropout: float = 0.0,
     seed: Word = 0,
     mask: Tensor | None = None,
+    memo: Memo | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """x Wᵀ + b + update of frozen linear layers that share x, by kernels; see `rank_gate`.
 
     The base product adds onto the update, and the gradient of x is gathered in one buffer, so that
     neither passes through memory for its own sake. W and b get no gradient; x has the dtype of W.
-    To be called where `owned` says so.
+    To be called where `reach` says so. A memo, kept between calls for layers that are called again
+    and again, spares looking for what is as it was; it is compared with what is given, and may be
+    one of other layers.
 
     Returns:
         The outputs and the counts, one of each a layer.
     """
-    from polyrank.ops.rank_gate import triton
+    if torch.compiler.is_compiling() or not _LINEARS:
+        from polyrank.ops.rank_gate import triton
 
-    return triton.linears(x, projections, dropout, seed, mask)
+        if torch.compiler.is_compiling():
+            return triton.linears(x, projections, dropout, seed, mask)
+        _LINEARS.append(triton.linears)
+    return _LINEARS[0](x, projections, dropout, seed, mask, memo)
 
 
 def _path(x: Tensor, r: int, kind: str, shadow: Any) -> str:
     """The path that `POLYRANK_OPS` asks for; with auto kernels where they gain."""
-    path = os.environ.get("POLYRANK_OPS", "auto")
+    path = asked()
     if path not in _PATHS:
         guess = nearest(path, _PATHS) or " unset it"
         raise ConfigError(f"POLYRANK_OPS: got {path!r}, expected one of {_PATHS};{guess}")

@@ -80,18 +80,17 @@ def read(
 
 @triton.jit
 def write(
-    y0, y1, y2, q, B0, B1, B2, b0, b1, b2, T, r, N0, N1, N2, end0, end1, strips, s0, s1, s2,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    R: tl.constexpr,
+    y0, y1, y2, q, B0, B1, B2, T, r, N0, N1, N2, end0, end1, strips, s0, s1, s2,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The updates y (T, N) = scale · q (T, r) Bᵀ [+ bias] of every member, B (N, r) in one piece.
+    """y (T, N) += scale · q (T, r) Bᵀ of every member, y and B (N, r) in one piece.
 
     Members have `strips` strips of BN columns in all, the second from `end0` on, the third from
     `end1` on.
     """
     tile, strip = tl.program_id(0) // strips, tl.program_id(0) % strips
     member = (strip >= end0).to(tl.int32) + (strip >= end1).to(tl.int32)
-    y, B, b = _one_of(member, y0, y1, y2), _one_of(member, B0, B1, B2), _one_of(member, b0, b1, b2)
+    y, B = _one_of(member, y0, y1, y2), _one_of(member, B0, B1, B2)
     N = tl.where(member == 0, N0, tl.where(member == 1, N1, N2))
     scale = tl.where(member == 0, s0, tl.where(member == 1, s1, s2))
     first = tl.where(member == 0, 0, tl.where(member == 1, end0, end1))
@@ -102,7 +101,7 @@ def write(
     at = B + n.to(tl.int64)[None, :] * r + k[:, None]
     w = tl.load(at, mask=(k < r)[:, None] & inside[None, :], other=0.0)
     acc = tl.dot(a, w.to(a.dtype), input_precision=PRECISION) * scale
-    if BIAS:
-        acc += tl.load(b + n, mask=inside, other=0.0).to(tl.float32)[None, :]
     own = (tile * BM + tl.arange(0, BM) < T)[:, None] & inside[None, :]
-    tl.store(y + t[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=own)
+    place = y + t[:, None] * N + n[None, :]
+    acc += tl.load(place, mask=own, other=0.0).to(tl.float32)
+    tl.store(place, acc.to(y.dtype.element_ty), mask=own)

@@ -2,12 +2,12 @@
 
 import os
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from polyrank.ops.rank_gate.epilogue import Epilogue
+from polyrank.ops.rank_gate.epilogue import KINDS, Epilogue
 
 SIXTEEN = (torch.bfloat16, torch.float16)
 # What one tile holds, and what was timed.
@@ -36,6 +36,19 @@ class Projection(NamedTuple):
     counts: bool = False
 
 
+class Memo:
+    """What a call leaves for the next one of the same layers, which looks whether it still holds.
+
+    Attributes:
+        few: of calls with few tokens and without gradients.
+    """
+
+    __slots__ = ("few",)
+
+    def __init__(self) -> None:
+        self.few: Any = None
+
+
 def _capable(device: int) -> bool:
     if device not in _CAPABLE:
         if torch.compiler.is_compiling():
@@ -50,16 +63,26 @@ def gains(x: Tensor, r: int, kind: str) -> bool:
     The table has r = 64 and every gate, in bf16 and fp16, from one token to 8192: kernels beat the
     eager path in each of its rows, where the device is slow and where the host is.
     """
+    return r <= TIMED_RANKS and kind in TIMED_KINDS and _timed(x)
+
+
+def _timed(x: Tensor) -> bool:
+    """Whether inputs like this one stand in the table."""
     if not x.is_cuda or x.dtype not in SIXTEEN or not INSTALLED or torch.version.hip:
         return False
-    if r > TIMED_RANKS or kind not in TIMED_KINDS or x.shape[-1] < 256:
-        return False
-    return _capable(x.device.index)
+    return x.shape[-1] >= 256 and _capable(x.device.index)
 
 
-def owned(x: Tensor, r: int, kind: str) -> bool:
-    """Whether `linears` is to be asked for, given what `POLYRANK_OPS` says."""
-    path = os.environ.get("POLYRANK_OPS", "auto")
-    if not x.numel() or r > MOST_RANKS:
-        return False
-    return gains(x, r, kind) if path == "auto" else path == "triton" and x.dtype != torch.float64
+def asked() -> str:
+    """What `POLYRANK_OPS` says."""
+    return os.environ.get("POLYRANK_OPS", "auto")
+
+
+def reach(x: Tensor) -> tuple[int, tuple[str, ...]]:
+    """Up to how many ranks, and for which gates, `linears` is to be asked for x."""
+    path = asked()
+    if x.numel() and path == "auto" and _timed(x):
+        return TIMED_RANKS, TIMED_KINDS
+    if x.numel() and path == "triton" and x.dtype != torch.float64:
+        return MOST_RANKS, KINDS
+    return 0, ()

@@ -17,7 +17,7 @@ from polyrank.ops.philox import Word
 from polyrank.ops.rank_gate import eager, few, fused, launch
 from polyrank.ops.rank_gate.epilogue import Epilogue
 from polyrank.ops.rank_gate.plan import WIDTH, Call
-from polyrank.ops.rank_gate.projection import MOST_RANKS, Projection
+from polyrank.ops.rank_gate.projection import MOST_RANKS, Memo, Projection
 from polyrank.ops.rank_gate.selection import MESSAGE, NonFiniteError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -160,7 +160,7 @@ def rank_gate(y, x, A, rows, B, epilogue, scale, live_from=0, row_scale=None, dr
 
 def linears(
     x: Tensor, projections: Sequence[Projection], dropout: float = 0.0, seed: Word = 0,
-    mask: Tensor | None = None,
+    mask: Tensor | None = None, memo: Memo | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
     """Return x Wᵀ + b + update for frozen linear layers that share x, and their counts.
 
@@ -173,19 +173,24 @@ def linears(
         dropout: as in `rank_gate`, one mask for all.
         seed: as in `rank_gate`.
         mask: as in `rank_gate`.
+        memo: what calls of these layers leave for the next one.
     """
+    alone = not (dropout or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if alone and memo is not None and memo.few is not None:
+        again = memo.few(x, projections)
+        if again is not None:
+            return again, [None] * len(again)
     given, members = [], []
     for p in projections:
         members.append(_member(p.epilogue, p.A.shape[0], p.scale, p.live_from, p.counts))
         given += [p.W, p.b, p.A, p.rows, p.B, p.epilogue.gate, _detached(p.epilogue.bias)]
         given.append(p.row_scale)
-    if not (dropout or torch.is_grad_enabled() or torch.compiler.is_compiling()) and few.serves(
-        x, projections
-    ):
+    if alone and few.serves(x, projections):
         with _on(x):
-            outs = few.forward(fused.flat(x), projections, members)
-        lead = x.shape[:-1]
-        return [y.view(*lead, y.shape[-1]) for y in outs], [None] * len(outs)
+            outs, again = few.forward(x, projections, members)
+        if memo is not None:
+            memo.few = again
+        return outs, [None] * len(outs)
     call = _call_of(members, x, given, dropout, owned=True)
     if not (call.keep or torch.compiler.is_compiling()):
         with _on(x):
