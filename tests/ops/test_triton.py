@@ -67,6 +67,14 @@ def test_values_and_gradients(make, name, shape):
     same(make(name, dtype=torch.float32, device=DEVICE, **SMALL[shape]))
 
 
+def test_a_second_derivative_is_refused(make):
+    case = make("sigmoid", dtype=torch.float32, device=DEVICE, **SMALL["b2-t17-d40-o70"])
+    out, _ = case.call(rank_gate)
+    (grad,) = torch.autograd.grad(out.square().sum(), case.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("kind", ["none", "sigmoid-b", "softmax", "self"])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_sixteen_bits(make, kind, dtype):

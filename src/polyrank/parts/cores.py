@@ -139,7 +139,6 @@ class RankGate(Core):
             self.count(chosen.sum(0))
         return (g * h).to(h.dtype)
 
-    @torch.no_grad()
     def count(self, counts: Tensor) -> None:
         """Add the number of tokens that chose each rank, (r,) int64.
 

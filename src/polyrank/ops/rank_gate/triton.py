@@ -105,39 +105,46 @@ class _Fused(torch.autograd.Function):
         return (*outs, *counts)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        call = ctx.call
-        n, width = len(call.members), WIDTH
-        outs = dys[:n]
-        if all(dy is None for dy in outs):
-            return (None,) * (4 + n * width)
-        x, key, *rest = ctx.saved_tensors
-        if any(m.gated for m in call.members):
-            _check(x)
-        given, saved = list(rest[: ctx.held]), list(rest[ctx.held :])
-        asked = ctx.needs_input_grad
-        needs = fused.Needs(
-            asked[2],
-            tuple(tuple(asked[4 + i * width + j] for j in (2, 3, 4, 5)) for i in range(n)),
-        )
-        seed = ctx.seed if key is None else key
-        if torch.compiler.is_compiling():
-            flags = [needs.x, *(flag for group in needs.members for flag in group)]
-            found = fused.found(
-                torch.ops.polyrank.rank_gate_backward(
-                    list(outs), x, given, saved, key,
-                    0 if ctx.seed is None else ctx.seed, call.numbers(), flags,
-                )
-            )  # fmt: skip
-            dx, grads = found[0], [found[1 + 4 * i : 5 + 4 * i] for i in range(n)]
-        else:
-            dx, grads = fused.backward(list(outs), x, given, saved, seed, ctx.plan, needs)
-        result: list[Any] = [None, None, dx, None]
-        for i, (dA, drows, dB, dgate) in enumerate(grads):
-            dy = None if call.owned or not asked[4 + i * width] else outs[i]
-            result += [dy, None, dA, drows, dB, dgate, None, None]
-        return tuple(result)
+        # What refuses a second derivative takes as long as a kernel; mostly none can follow.
+        return _gradients_once(ctx, *dys) if torch.is_grad_enabled() else _gradients(ctx, *dys)
+
+
+def _gradients(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+    call = ctx.call
+    n, width = len(call.members), WIDTH
+    outs = dys[:n]
+    if all(dy is None for dy in outs):
+        return (None,) * (4 + n * width)
+    x, key, *rest = ctx.saved_tensors
+    if any(m.gated for m in call.members):
+        _check(x)
+    given, saved = list(rest[: ctx.held]), list(rest[ctx.held :])
+    asked = ctx.needs_input_grad
+    needs = fused.Needs(
+        asked[2],
+        tuple(tuple(asked[4 + i * width + j] for j in (2, 3, 4, 5)) for i in range(n)),
+    )
+    seed = ctx.seed if key is None else key
+    if torch.compiler.is_compiling():
+        flags = [needs.x, *(flag for group in needs.members for flag in group)]
+        found = fused.found(
+            torch.ops.polyrank.rank_gate_backward(
+                list(outs), x, given, saved, key,
+                0 if ctx.seed is None else ctx.seed, call.numbers(), flags,
+            )
+        )  # fmt: skip
+        dx, grads = found[0], [found[1 + 4 * i : 5 + 4 * i] for i in range(n)]
+    else:
+        dx, grads = fused.backward(list(outs), x, given, saved, seed, ctx.plan, needs)
+    result: list[Any] = [None, None, dx, None]
+    for i, (dA, drows, dB, dgate) in enumerate(grads):
+        dy = None if call.owned or not asked[4 + i * width] else outs[i]
+        result += [dy, None, dA, drows, dB, dgate, None, None]
+    return tuple(result)
+
+
+_gradients_once = once_differentiable(_gradients)
 
 
 def rank_gate(y, x, A, rows, B, epilogue, scale, live_from=0, row_scale=None, dropout=0.0, seed=0,
@@ -216,4 +223,4 @@ def _seed(seed: Word) -> Word:
 
 
 def _detached(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach()
+    return t if t is None or not t.requires_grad else t.detach()
