@@ -6,6 +6,7 @@ starter of a compiled kernel does so: it makes tensors of the addresses that it 
 
 import ctypes
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ METHODS = {
     "smora": pr.method("smora", r=8, k=2),
     "sora": pr.method("sora", r=4),
     "mora": pr.method("mora", r=4),
+    "moe-lora": pr.method("moe-lora", r=8, experts=4, router="topk", k=2, aux=0.01),
 }
 
 
@@ -223,6 +225,10 @@ CHANGES = {
     "balance bias in place": (
         "smora",
         on(lambda layer, v: v.core.balance_bias.data.copy_(torch.arange(8.0))),
+    ),
+    "k of experts": (
+        "moe-lora",
+        on(lambda layer, v: setattr(v.core, "choice", replace(v.core.choice, k=1))),
     ),
     "another router": ("smora", on(lambda layer, v: replaced(v.core.router, "weight"))),
     "data of the gate": ("sora", on(lambda layer, v: changed(v.core, "gate"))),

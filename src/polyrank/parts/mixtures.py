@@ -111,6 +111,8 @@ class Mixture(Core):
 class Blocks(Mixture):
     """q = (ω ⊗ 1) ⊙ h: a rank gate that is constant within each expert's block."""
 
+    form: Epilogue | None = None
+
     @property
     def epilogue(self) -> str:  # type: ignore[override]
         """Say which fused form serves: the rank gate's, for a softmax without a loss due."""
@@ -118,9 +120,13 @@ class Blocks(Mixture):
         return "linear" if self.choice.kind == "softmax" and not due else "python"
 
     def fused(self) -> Epilogue:
-        """Return the operator's form."""
-        k = self.choice.k * self.ranks
-        return Epilogue(kind="linear", k=k, block=self.ranks, score="softmax", total=self.ranks)
+        """Return the operator's form; made anew only when something of it changed."""
+        k, r, e = self.choice.k * self.ranks, self.ranks, self.form
+        if torch.compiler.is_compiling() or e is None or (e.k, e.block) != (k, r):
+            e = Epilogue(kind="linear", k=k, block=r, score="softmax", total=r)
+            if not torch.compiler.is_compiling():
+                self.form = e
+        return e
 
     def gates_of(self, h: Tensor, z: Tensor | None) -> Tensor:
         """Return the gate of every rank, (*, E r_e) in fp32, as evaluation uses it."""
