@@ -2,10 +2,11 @@
 
     python bench/model_step.py --out bench/results/model_step.csv [--compile] [--losses 50]
 
-Random weights from a config, bf16, all seven projections of a block adapted, fused AdamW, next-token loss
-over 8 × 1024 random tokens; embeddings ask for a gradient, so that it passes through every layer.
-Systems take turns within a round; medians of rounds. `--losses` compares losses of that many steps
-by kernels, without them, and by the reference. Systems of `public_mixtures.py` need packages.
+Random weights from a config, bf16, all seven projections of a block adapted, fused AdamW,
+next-token loss over 8 × 1024 random tokens; embeddings ask for a gradient, so that it passes
+through every layer. Systems take turns within a round; medians of rounds. `--losses` compares
+losses of that many steps by kernels, without them, and by the reference. Systems of
+`public_mixtures.py` need packages.
 """
 
 import argparse

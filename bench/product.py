@@ -14,18 +14,23 @@ import torch
 from common import graph_of, rounds_us, save
 
 from polyrank.ops.rank_gate import launch
-from polyrank.ops.rank_gate.product import Product
+from polyrank.ops.rank_gate.product import Product, pays
 
 R, CALLS = 64, 4
 # d_in, widths of the layers that read x, tokens
 FORWARD = [
-    (4096, (4096,), (256, 512, 1024, 2048, 8192)), (2048, (2048,), (512, 1024, 2048, 8192)),
-    (2048, (512,), (1024, 8192)), (2048, (8192,), (256, 1024, 8192)),
-    (8192, (2048,), (256, 1024, 8192)), (4096, (11008,), (1024, 8192)),
-    (11008, (4096,), (1024, 8192)),
+    (4096, (4096,), (512, 1024, 2048, 2304, 3072, 4352, 8192)),
+    (2048, (2048,), (2048, 4096, 4352, 8192)), (2048, (512,), (8192,)),
+    (2048, (8192,), (1024, 2048, 8192)), (8192, (2048,), (2048, 4096, 8192)),
+    (4096, (11008,), (1024, 2048, 8192)), (11008, (4096,), (1024, 2048, 8192)),
 ]  # fmt: skip
-BACKWARD = [*FORWARD, (2048, (2048, 512, 512), (1024, 8192)), (2048, (8192, 8192), (1024, 8192)),
-            (4096, (4096, 4096, 4096), (1024, 8192))]  # fmt: skip
+BACKWARD = [
+    *FORWARD,
+    (2048, (2048, 512, 512), (4096, 8192)),
+    (2048, (8192, 8192), (4096, 8192)),
+    (4096, (4096, 4096, 4096), (2048, 8192)),
+    (4096, (11008, 11008), (2048, 8192)),
+]
 
 
 def draw(*shape):
@@ -39,19 +44,22 @@ def ways(direction, d, widths, T):
     outs = [draw(T, N) for _ in range(2)]
     if direction == "forward":
         x, W, q, B = [draw(T, d) for _ in range(2)], draw(N, d), draw(T, R), draw(N, R)
-        update = launch.write(T, N, R, (N, N, R, 1, R), 2.0, torch.bfloat16)
+        update = launch.write(T, N, R, (N, N, R, 1, R), 1.0, torch.bfloat16)
         both = Product((T, N), (d, R), (N, (d, R), (d, R)), turned=True, bias=False,
                        device=q.device)  # fmt: skip
 
         def apart(i):
             update(outs[i], outs[i], q, B, outs[i])
-            outs[i].addmm_(x[i], W.t())
+            return outs[i].addmm_(x[i], W.t())
 
-        return {
-            "base alone": lambda i: torch.mm(x[i], W.t(), out=outs[i]),
-            "apart": apart,
-            "one sum": lambda i: both.run(outs[i], ((x[i], W), (q, B))),
-        }
+        def together(i):
+            both.run(outs[i], ((x[i], W), (q, B)))
+            return outs[i]
+
+        def alone(i):
+            return torch.mm(x[i], W.t(), out=outs[i])
+
+        return {"base alone": alone, "apart": apart, "one sum": together}
     dys, Ws = [[draw(T, n) for n in widths] for _ in range(2)], [draw(n, d) for n in widths]
     rank_rows, AW = draw(T, 2 * R * len(widths)), draw(2 * R * len(widths), d)
     depths, ranks = (*widths, AW.shape[0]), AW.shape[0]
@@ -65,27 +73,33 @@ def ways(direction, d, widths, T):
             else:
                 outs[i].addmm_(dy, W)
             first = False
+        return outs[i]
 
     def apart(i):
         torch.mm(rank_rows, AW, out=outs[i])
-        products(i, False)
+        return products(i, False)
 
-    return {
-        "base alone": lambda i: products(i, True),
-        "apart": apart,
-        "one sum": lambda i: both.run(outs[i], [*zip(dys[i], Ws, strict=True), (rank_rows, AW)]),
-    }
+    def together(i):
+        both.run(outs[i], [*zip(dys[i], Ws, strict=True), (rank_rows, AW)])
+        return outs[i]
+
+    return {"base alone": lambda i: products(i, True), "apart": apart, "one sum": together}
 
 
 def measure(direction, d, widths, T, rounds):
     """The row of one case."""
-    graphs = {}
-    for name, way in ways(direction, d, widths, T).items():
+    graphs, found = {}, ways(direction, d, widths, T)
+    results = [found[name](0).float() for name in ("apart", "one sum")]
+    error = float((results[1] - results[0]).norm() / results[0].norm())
+    if not error < 1e-2:
+        raise SystemExit(f"the ways differ by {error}; nothing was timed")
+    for name, way in found.items():
         graphs[name] = graph_of(lambda way=way: [way(i % 2) for i in range(CALLS)])
     took = {name: us / CALLS for name, us in rounds_us(graphs, rounds, 3).items()}
     row = {"pass": direction, "tokens": T, "d_in": d, "d_out": " ".join(map(str, widths))}
     row |= {name.replace(" ", "_") + "_us": round(us, 1) for name, us in took.items()}
     row["gain"] = round(took["apart"] / took["one sum"], 3)
+    row["taken"] = pays(T, widths[0] if direction == "forward" else d, 0)
     print(*(f"{k}={v}" for k, v in row.items()), flush=True)
     return row
 

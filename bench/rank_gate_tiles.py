@@ -86,7 +86,8 @@ def reads(D, m, keep=True, packed=True):
 def inners(D, m):
     """The pass over dy."""
     strides = (D.n, D.r, 1, 2 * D.r)
-    work = launch.inner(m, D.T, D.n, D.r, strides, 0, torch.bfloat16, bias=m.linear)
+    work = launch.inner(m, D.T, D.n, D.r, strides, 0, torch.bfloat16, scale=2.0, bias=m.linear,
+                        scaled=False)  # fmt: skip
     return lambda i: work(
         D.y[i], D.B, D.bias, D.bias, D.q[i], D.kept, D.d[i], D.d[i][:, D.r :], D.bias,
         *work.split(D.AW),
@@ -116,7 +117,7 @@ def outers(D, which):
 
 def packs(D):
     """Casts of the factors."""
-    work = launch.pack(member("sigmoid"), D.dim, D.n, D.r, D.r, (D.dim, D.dim, D.r))
+    work = launch.pack(member("sigmoid"), D.dim, D.n, D.r, D.r, (D.dim, D.dim, D.r), 2.0)
     return lambda i: work(D.A, D.rows, D.B32, D.AW, D.B, D.AW)
 
 

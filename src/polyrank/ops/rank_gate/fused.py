@@ -12,7 +12,7 @@ from torch import Tensor
 from polyrank.ops.rank_gate import launch
 from polyrank.ops.rank_gate.launch import At
 from polyrank.ops.rank_gate.plan import WIDTH, Call, Given, Part, Plan, call_of, plan_of, unit
-from polyrank.ops.rank_gate.product import reads
+from polyrank.ops.rank_gate.product import readable
 
 # torch.mm(bf16, bf16, out_dtype=fp32), on CUDA only, came with torch 2.8.
 MM_WIDE = hasattr(torch.ops.aten.mm, "dtype")
@@ -124,8 +124,8 @@ def _input_gradient(
         present = zip(plan.parts, dys, strict=True)
         pairs = [(dy, given[part.first]) for part, dy in present if dy is not None]
     if plan.folds:
-        whole = torch.contiguous_format
-        pairs = [(t if reads(t) else t.clone(memory_format=whole), W) for t, W in pairs]
+        # A hook on what is saved may have put W elsewhere.
+        pairs = [(readable(dy), readable(W)) for dy, W in pairs]
         plan.sum(d, pairs).run(dx, [*pairs, (d, AW)])
         return dx
     if plan.vendor:

@@ -184,6 +184,17 @@ def scratch(device: torch.device, room: int) -> Tensor:
     return held[-1]
 
 
+def workspace(device: int, words: int) -> Tensor:
+    """The same by a device's number; memory of its own for what is captured into a graph.
+
+    Graphs that were captured on one stream may run side by side.
+    """
+    where = torch.device("cuda", device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.empty(words, dtype=torch.float32, device=where)
+    return scratch(where, words)
+
+
 def flag(device: torch.device) -> Tensor:
     """One int32 in pinned memory that a kernel sets when it meets what is not finite."""
     key = device.index or 0
@@ -213,12 +224,14 @@ def _seed(dropout: float) -> tuple[int, ...]:
     return () if dropout else (0,)
 
 
-def pack(m: Member, d: int, n: int, r: int, r_B: int, strides: tuple[int, int, int]) -> Launch:
+def pack(
+    m: Member, d: int, n: int, r: int, r_B: int, strides: tuple[int, int, int], scale: float
+) -> Launch:
     """Casts [A; rows] and scale · B; strides of A, rows, B. Takes A, rows, B, AW, B', counts."""
     BD = 1024
     across = parts_of(d, BD)
     grid = (m.ranks(r) + parts_of(n * r_B, BD * across), across, 1)
-    numbers = (r, r // m.block, d, n, r_B, *strides, r if m.counts else 0, m.scale)
+    numbers = (r, r // m.block, d, n, r_B, *strides, r if m.counts else 0, scale)
     return Launch(kernels.pack, grid, numbers, (m.block, m.linear, BD), 4, 2)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from polyrank.ops.rank_gate import launch
 from polyrank.ops.rank_gate.kernel_gates import KINDS
 from polyrank.ops.rank_gate.launch import At, Launch, Member
-from polyrank.ops.rank_gate.product import MOST_PAIRS, Product, gains, runs
+from polyrank.ops.rank_gate.product import MOST_PAIRS, Product, pays, runs
 
 # Of one member: y or W, the bias of W, A, rows, B, gate, balance bias, row_scale.
 WIDTH = 8
@@ -66,6 +66,8 @@ class Part:
         width: how many it has.
         whole: whether it is the only member.
         silent: ranks without a column of B.
+        scale: what is left of the update's scale where B is packed.
+        write: the kernel of the update; there is none where it `folds`.
         folds: whether its output is one sum of base product and update.
         wide: dtype of h.
     """
@@ -74,6 +76,7 @@ class Part:
         base, bias, A, rows, B, _, balance, _ = found
         self.plan, self.i, self.first, self.start = plan, i, i * WIDTH, start
         self.m = m = plan.call.members[i]
+        self.scale = m.scale
         self.r, self.n, self.r_B = A.shape[0], B.shape[0], B.shape[1]
         self.width, self.whole = m.ranks(self.r), len(plan.call.members) == 1
         self.silent, self.biased = self.r - self.r_B, balance is not None
@@ -85,7 +88,7 @@ class Part:
         self._inner: dict[tuple[int, int, bool], Launch] = {}
         self._values: dict[tuple[int, bool], Launch] = {}
         self._sums: dict[tuple[int, bool], Product] = {}
-        self.folds = plan.foldable and gains(plan.T, self.n)
+        self.folds = plan.foldable and pays(plan.T, self.n, plan.device)
         self._forward(base, bias, unit(A), A if rows is None else unit(rows), unit(B))
 
     def _lay_out(self) -> None:
@@ -115,7 +118,8 @@ class Part:
         plan, m, call = self.plan, self.m, self.plan.call
         strides = (A.stride(0), rows.stride(0), B.stride(0))
         if call.packs:
-            self.pack = launch.pack(m, plan.d, self.n, self.r, self.r_B, strides)
+            packed = _packed_scale(m, plan.dtype)
+            self.pack = launch.pack(m, plan.d, self.n, self.r, self.r_B, strides, packed)
             strides = (plan.d, plan.d, self.r_B)
         self.read = launch.read(
             m, plan.T, plan.d, self.r, (plan.sx, strides[0], strides[1], self.r), plan.dtype,
@@ -124,8 +128,8 @@ class Part:
         )  # fmt: skip
         row = self.n if base is None or call.owned else _row(base)
         out = row if call.inplace else self.n
-        # What is packed holds the scale.
-        self.scale = 1.0 if call.packs else m.scale
+        if call.packs and _packed_scale(m, plan.dtype) == m.scale:
+            self.scale = 1.0
         if self.folds:
             return
         self.write = launch.write(
@@ -169,6 +173,14 @@ class Part:
         return found
 
 
+def _packed_scale(m: Member, dtype: torch.dtype) -> float:
+    """The scale that B is packed with.
+
+    A small one would push numbers of fp16 below those that it holds in full.
+    """
+    return 1.0 if dtype == torch.float16 and abs(m.scale) < 1 else m.scale
+
+
 def _row(y: Tensor) -> int:
     """Distance of rows of y as (T, n)."""
     return unit(y.reshape(-1, y.shape[-1])).stride(0)
@@ -196,9 +208,11 @@ class Plan:
         aligned: bool = False,
     ) -> None:
         self.call, self.dtype, self.mask, self.seeded = call, x.dtype, mask, seeded
-        (self.T, self.d), self.sx = x.shape, x.stride(0)
+        (self.T, self.d), self.sx, self.device = x.shape, x.stride(0), x.get_device()
         self.foldable = aligned and call.owned and call.packs and self._foldable(x, given)
-        self.folds = self.foldable and gains(self.T, self.d)
+        self.folds = self.foldable and pays(self.T, self.d, self.device)
+        # Dropout's mask is on the gradient that passes through A alone.
+        self.folds = self.folds and not call.dropout and len(call.members) < MOST_PAIRS
         self.parts: list[Part] = []
         self.bytes = start = 0
         for i in range(len(call.members)):
@@ -215,13 +229,15 @@ class Plan:
 
     def _foldable(self, x: Tensor, given: Given) -> bool:
         """Whether copies of `product` can read the rows of all matrices."""
-        if self.call.dropout or len(self.call.members) >= MOST_PAIRS or not runs(x):
-            return False
-        if x.stride(0) < x.shape[1]:
+        if not runs(x) or x.stride(0) < x.shape[1]:
             return False
         sizes = [x.stride(0), x.shape[1]]
-        for i in range(0, len(given), WIDTH):
+        for m, i in zip(self.call.members, range(0, len(given), WIDTH), strict=True):
             W, A, B = given[i], given[i + 2], given[i + 4]
+            if W.dtype != x.dtype or W.shape != (B.shape[0], x.shape[1]) or W.device != x.device:
+                return False
+            if _packed_scale(m, x.dtype) != m.scale:
+                return False
             sizes += [W.stride(0), W.shape[0], A.shape[0], B.shape[1]]
             if W.stride(1) != 1 or W.stride(0) < W.shape[1] or not B.shape[1]:
                 return False
@@ -266,16 +282,16 @@ def plan_of(call: Call, x: Tensor, given: Given, mask: bool, seeded: bool) -> Pl
     key: list[Any] = [call, x.shape, x.stride(0), x.dtype, mask, seeded, launch.precision(x.dtype)]
     places = x.data_ptr()
     for i in range(0, len(given), WIDTH):
-        base, bias, A, rows, B, gate, balance, _ = given[i : i + WIDTH]
-        key += (A.shape[0], A.stride(), A.dtype, B.shape, B.stride(), B.dtype, bias is None)
+        base, bias, A, rows, B, gate, balance, row_scale = given[i : i + WIDTH]
+        key += (A.shape[0], A.stride(), A.dtype, B.shape, B.stride(), B.dtype)
+        key += [None if t is None else t.dtype for t in (bias, balance, row_scale)]
         if rows is not None:
             key += (rows.stride(), rows.dtype)
         if gate is not None:
             key.append(gate.dtype)
-        key.append(balance is None)
         if call.owned:
             places |= base.data_ptr()
-            key.append(base.stride())
+            key += (base.stride(), base.shape, base.dtype, base.get_device())
         elif base is not None:
             key += (base.dtype, _row(base))
     key += (x.get_device(), aligned := not places & 15)
