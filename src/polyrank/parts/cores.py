@@ -163,9 +163,12 @@ class RankGate(Core):
             return
         if self.kept is None and counts.is_cuda and not torch.compiler.is_compiling():
             self.kept = torch.zeros_like(counts)
-        if self.counts is None:
+        if torch.compiler.is_compiling() and self.counts is None:
             # What a compiled graph returns may lie in memory that its next run writes.
-            self.counts = counts.clone() if torch.compiler.is_compiling() else counts
+            self.counts = counts.clone()
+        elif self.counts is None:
+            # A module asks much of what it is given to hold.
+            vars(self)["counts"] = counts
         else:
             self.counts = self.counts.to(counts.device) + counts
 

@@ -110,6 +110,16 @@ class _Fused(torch.autograd.Function):
         return _gradients_once(ctx, *dys) if torch.is_grad_enabled() else _gradients(ctx, *dys)
 
 
+# Without what looks through the inputs for wrappers of functorch.
+_plainly = super(torch.autograd.Function, _Fused).apply
+
+
+def _applied(*inputs: Any) -> tuple[Any, ...]:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _Fused.apply(*inputs)
+    return _plainly(*inputs)
+
+
 def _gradients(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
     call = ctx.call
     n, width = len(call.members), WIDTH
@@ -161,7 +171,7 @@ def rank_gate(y, x, A, rows, B, epilogue, scale, live_from=0, row_scale=None, dr
     call = _call_of([member], x, given, dropout, owned=False)
     call = call._replace(inplace=inplace)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        out, counts = _Fused.apply(call, _seed(seed), x, mask, *given)
+        out, counts = _applied(call, _seed(seed), x, mask, *given)
     return out.view(shape), counts
 
 
@@ -202,7 +212,7 @@ def linears(
     if not (call.keep or torch.compiler.is_compiling()):
         with _on(x):
             return fused.forward(x, given, mask, _seed(seed), call)[:2]
-    found = _Fused.apply(call, _seed(seed), x, mask, *given)
+    found = _applied(call, _seed(seed), x, mask, *given)
     n = len(members)
     return list(found[:n]), list(found[n:])
 
