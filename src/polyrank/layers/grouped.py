@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from polyrank.frame import Flow
-from polyrank.ops.rank_gate import Epilogue, gate
+from polyrank.frame import Core, Flow
+from polyrank.ops.rank_gate import gate
 
 if TYPE_CHECKING:
     from polyrank.layers.linear import AdaptedLinear
-    from polyrank.layers.views import View
 
 # Adapters in a batch from which stacking their factors is the faster way.
 _LEAST = 4
@@ -26,13 +26,23 @@ def grouped(layer: AdaptedLinear, y: Tensor, x: Tensor, lane: Tensor, flow: Flow
     and y + s B q are products over the batch. Sample n has the adapter `flow.lanes[lane[n]]`, none
     if that is negative.
     """
-    views = [layer.views[name] for name in flow.lanes if name in layer.views]
-    if len(views) < _LEAST or len(views) < len(flow.lanes) or not all(map(_plain, views)):
+    names = flow.lanes
+    if len(names) < _LEAST or not all(name in layer.views for name in names):
         return None
-    first, epilogues = views[0], [view.core.fused() for view in views]
-    alike = [_kind(view, e) for view, e in zip(views, epilogues, strict=True)]
-    if any(kind != alike[0] for kind in alike):
+    # Looked up where modules keep them: there are as many as samples.
+    held = cast("dict[str, Any]", layer._modules)
+    cores = [held["polyrank_core"]._modules[name] for name in names]
+    if not _plain(layer, names, cores):
         return None
+    factors = [
+        [held[kind]._modules[name]._parameters["weight"] for name in names]
+        for kind in ("polyrank_A", "polyrank_B")
+    ]
+    scale, epilogues = layer.views[names[0]].scale, [core.fused() for core in cores]
+    first, shape = epilogues[0], factors[0][0].shape
+    for name, e, A in zip(names, epilogues, factors[0], strict=True):
+        if e.constants != first.constants or layer.views[name].scale != scale or A.shape != shape:
+            return None
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     own = lane.clamp_min(0)
@@ -43,10 +53,10 @@ def grouped(layer: AdaptedLinear, y: Tensor, x: Tensor, lane: Tensor, flow: Flow
     wide = torch.promote_types(dtype, torch.float32)
     batch = x.reshape(len(lane), -1, x.shape[-1]).to(dtype)
     with torch.autocast(device, enabled=False):
-        A, B = (stacked([getattr(v, n) for v in views], dtype) for n in ("A", "B"))
-        h, e, z = torch.bmm(batch, A.mT), epilogues[0], None
+        A, B = (stacked(each, dtype) for each in factors)
+        h, e, z = torch.bmm(batch, A.mT), first, None
         if e.kind == "linear":
-            rows = [row for view in views if (row := view.core.rows()) is not None]
+            rows = [core.rows() for core in cores]
             # Logits rounded to 16 bits would tie, and choose otherwise than one adapter alone.
             z = torch.bmm(batch.to(wide), stacked(rows, wide).mT)
             if e.bias is not None:
@@ -62,24 +72,23 @@ def grouped(layer: AdaptedLinear, y: Tensor, x: Tensor, lane: Tensor, flow: Flow
                 h = torch.bmm(batch.to(wide), A.mT.to(wide))
             h = h.to(wide)
             q = (gate(h, z, e) * h).to(dtype)
-        update = torch.bmm(q, B.mT) * first.scale
+        update = torch.bmm(q, B.mT) * scale
         update = torch.where((lane >= 0)[:, None, None], update, 0.0)
     return y + update.view(y.shape).to(y.dtype)
 
 
-def _plain(view: View) -> bool:
-    core = view.core
-    return (
-        core.epilogue != "python"
-        and core.portion() is None
-        and core.base_gain() is None
-        and view.bank is None
-        and view.shadow is None
-        and not core.training
+def _plain(layer: AdaptedLinear, names: Sequence[str], cores: Sequence[Core]) -> bool:
+    """Whether products can stand for what every core does."""
+    held = layer._modules
+    more = [held[n] for n in ("polyrank_bank", "polyrank_archive", "polyrank_shadow")]
+    if any(module is not None and module._modules for module in more):
+        views = [layer.views[name] for name in names]
+        if any(view.bank is not None or view.shadow is not None for view in views):
+            return False
+    return not any(
+        core.epilogue == "python"
+        or core.training
+        or core.portion() is not None
+        or core.base_gain() is not None
+        for core in cores
     )
-
-
-def _kind(view: View, e: Epilogue) -> tuple[object, ...]:
-    """What must be the same for adapters to share a product."""
-    constants = (e.k, e.block, e.score, e.bias is None, e.bias_in_weight, e.total)
-    return (view.A.shape, view.scale, e.kind, *constants, e.tau, e.delta, e.eps)

@@ -14,6 +14,7 @@ from polyrank.frame import Flow
 from polyrank.layers.compat import AuxiliaryTrainingWrapper
 from polyrank.layers.hosts import BlockHost, HeadHost
 from polyrank.layers.linear import AdaptedLinear
+from polyrank.layers.walks import outer
 
 BASE = "__base__"
 # Arguments of a forward that tell the size of its batch.
@@ -37,14 +38,16 @@ def mixed(
         ValueError: in training, for unknown adapters, merged ones, or a wrong number of names.
         ConfigError: if heads or blocks stand in the model.
     """
-    _check(model, names, args, kwargs)
+    # Not through the adapters: a mixed batch has many.
+    modules = [module for _, module in outer(model)]
+    _check(model.training, modules, names, args, kwargs)
     beams = kwargs.get("num_beams") or 1
     spread = [name for name in names for _ in range(beams)]
     lanes = tuple(sorted(set(names) - {BASE}))
     lane = torch.tensor([lanes.index(name) if name != BASE else -1 for name in spread])
     handles = [
         module.register_forward_pre_hook(_Names(names, spread), with_kwargs=True)
-        for module in model.modules()
+        for module in modules
         if isinstance(module, AuxiliaryTrainingWrapper)
     ]
     device = next(model.parameters()).device
@@ -69,7 +72,9 @@ class _Names:
         return args, {**kwargs, "adapter_names": names}
 
 
-def _check(model: nn.Module, names: list[str], args: Any, kwargs: dict[str, Any]) -> None:
+def _check(
+    training: bool, modules: list[nn.Module], names: list[str], args: Any, kwargs: dict[str, Any]
+) -> None:
     # The words of the ValueErrors are PEFT's own, which its users look for.
     given = [*args[:1], *(kwargs.get(key) for key in INPUTS)]
     sizes = {len(value) for value in given if isinstance(value, Tensor) and value.dim()}
@@ -78,9 +83,8 @@ def _check(model: nn.Module, names: list[str], args: Any, kwargs: dict[str, Any]
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(names)} and {min(sizes)} respectively."
         )
-    if model.training:
+    if training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-    modules = list(model.modules())
     if any(isinstance(m, (BlockHost, HeadHost)) and len(m.owned) for m in modules):
         raise ConfigError(
             "adapter_names: heads and blocks answer for a whole batch; run the samples of one "

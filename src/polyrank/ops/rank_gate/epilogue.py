@@ -1,6 +1,8 @@
 """What stands between h = A x and q = φ(h): the gate of each rank, as plain data."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +105,12 @@ class Epilogue:
         """Lower bound of the divisor Σ v (sigmoid), over ranks."""
         # With b in the weights the sum can reach zero or below; without, only underflow can.
         return 1e-6 if self.bias_in_weight else 1e-30
+
+    @cached_property
+    def constants(self) -> tuple[Any, ...]:
+        """All but the tensors: of two that agree in it one product can make the gates."""
+        numbers = (self.k, self.block, self.score, self.bias_in_weight, self.total)
+        return (self.kind, *numbers, self.bias is None, self.tau, self.delta, self.eps)
 
     def bias_of_blocks(self, dtype: torch.dtype) -> Tensor | None:
         """Return b of each block, (…, r / block), detached."""
