@@ -116,11 +116,11 @@ def linears(
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """x Wᵀ + b + update of frozen linear layers that share x, by kernels; see `rank_gate`.
 
-    The base product adds onto the update, and the gradient of x is gathered in one buffer, so that
-    neither passes through memory for its own sake. W and b get no gradient; x has the dtype of W.
-    To be called where `reach` says so. A memo, kept between calls for layers that are called again
-    and again, spares looking for what is as it was; it is compared with what is given, and may be
-    one of other layers.
+    The base product adds onto the update, and the gradient of x is gathered in one buffer; large
+    ones are a single sum on Hopper. Neither passes through memory for its own sake. W and b get no
+    gradient; x has the dtype of W. To be called where `reach` says so. A memo, kept between calls
+    for layers that are called again and again, spares looking for what is as it was; it is compared
+    with what is given, and may be one of other layers.
 
     Returns:
         The outputs and the counts, one of each a layer.

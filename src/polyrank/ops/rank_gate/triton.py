@@ -181,8 +181,8 @@ def linears(
 ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
     """Return x Wᵀ + b + update for frozen linear layers that share x, and their counts.
 
-    The base product adds onto the update, and the gradient of x is gathered in one buffer, so that
-    neither passes through memory for its own sake.
+    The base product adds onto the update, and the gradient of x is gathered in one buffer; large
+    ones are a single sum (`product.py`). Neither passes through memory for its own sake.
 
     Args:
         x: (…, d_in), in the dtype of every W.
