@@ -217,3 +217,21 @@ def test_a_method_that_asks_for_an_update_gets_it_everywhere(monkeypatch):
         if "polyrank_B" in name:
             expected = before[name] - 0.2 * param.grad
             assert torch.equal(param.detach(), expected), name
+
+
+@pytest.mark.parametrize("wrong", ["1e-4", True, float("nan"), -1.0, None], ids=repr)
+def test_a_rate_that_is_no_number_is_refused_with_a_remedy(wrong):
+    model = pr.adapt(nn.Sequential(nn.Linear(4, 6)), "lora", ["0"])
+    with pytest.raises(ConfigError, match=r"^lr: got .*, expected a finite number >= 0; 1e-4 is"):
+        pr.optimizer(model, wrong)
+    with pytest.raises(ConfigError) as caught:
+        pr.optimizer(model, "1e-4", weight_decay="0.1")
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        "lr",
+        "weight_decay",
+    ]
+
+
+def test_a_rate_may_be_a_tensor():
+    model = pr.adapt(nn.Sequential(nn.Linear(4, 6)), "lora", ["0"])
+    assert float(pr.optimizer(model, torch.tensor(0.5)).param_groups[0]["lr"]) == 0.5

@@ -6,7 +6,9 @@ moves its parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+import numbers
+from collections.abc import Callable, Iterable, Iterator
 from textwrap import shorten
 from typing import Any
 
@@ -196,8 +198,25 @@ def optimizer(
         adapter: its name; None is the active one.
         **options: of `kind`, betas and so on.
 
+    Raises:
+        ConfigError: for a rate or a decay that is no number >= 0.
+
     >>> optimizer = polyrank.optimizer(model, lr=1e-4)  # doctest: +SKIP
     >>> attached = polyrank.attach(optimizer, model)  # doctest: +SKIP
     """
+    if problems := [
+        *_no_number("lr", lr, "1e-4"),
+        *_no_number("weight_decay", weight_decay, "0.0"),
+    ]:
+        raise ConfigError(problems)
     groups = parameter_groups(model, lr, weight_decay, adapter=adapter)
     return build_optimizer(groups, kind, options, adapter_of(model, adapter).method.otherwise)
+
+
+def _no_number(name: str, value: Any, common: str) -> Iterator[str]:
+    # torch takes a rate in a tensor, which a captured step reads anew.
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (real and 0 <= value < math.inf):
+        yield f"{name}: got {value!r}, expected a finite number >= 0; {common} is common"
