@@ -32,25 +32,26 @@ def forward(
     plan = plan_of(call, flat_x, given, mask is not None, isinstance(seed, Tensor))
     AW = x.new_empty(plan.ranks, x.shape[-1]) if call.packs else None
     buffer = x.new_empty(plan.bytes, dtype=torch.uint8)
-    outs, counts, origin = [], [], buffer.data_ptr()
+    outs, counts, origin, flag = [], [], buffer.data_ptr(), launch.flag(x.device)
     for part in plan.parts:
         found = given[part.first : part.first + WIDTH]
         _, _, A, rows, B, gate, bias, _ = found
-        A, B, number = unit(A), unit(B), None
-        rows = A if rows is None else unit(rows)
+        rows, number = A if rows is None else rows, None
+        if not part.straight:
+            A, rows, B = unit(A), unit(rows), unit(B)
         if AW is not None:
-            own = AW if part.whole else AW[part.start : part.start + part.width]
+            own, router = part.keyed(AW)
             if part.m.counts:
                 number = x.new_empty(part.r, dtype=torch.int64)
             packed = part.at("B", buffer, origin)
             part.pack(A, rows, B, own, packed, own if number is None else number)
-            A, rows, B = own, own[part.r :] if part.m.linear else own, packed
+            A, rows, B = own, router, packed
         q = part.at("q", buffer, origin)
         part.read(
             flat_x, A, rows, x if gate is None else gate, x if bias is None else bias,
             x if mask is None else mask, q, part.at("h", buffer, origin),
             part.at("kept", buffer, origin), x if number is None else number,
-            launch.flag(x.device), *part.read.split(flat_x), seed=seed if call.dropout else None,
+            flag, *part.read.split(flat_x), seed=seed if call.dropout else None,
         )  # fmt: skip
         outs.append(_output(x, flat_x, q.after(part.silent), B, found, part, call))
         counts.append(number)
@@ -103,8 +104,7 @@ def backward(
     grads, scaled = [], []
     for part, dy, need in zip(plan.parts, dys, needs.members, strict=True):
         found = given[part.first : part.first + WIDTH]
-        own = d if part.whole else d[:, part.start : part.start + part.width]
-        grad, own = _member_gradients(dy, found, buffer, own, part, plan, need)
+        grad, own = _member_gradients(dy, found, buffer, d, part, need)
         grads.append(grad)
         scaled.append(own)
     dx: Tensor | None = None
@@ -138,32 +138,35 @@ def _input_gradient(
 
 
 def _member_gradients(
-    dy: Tensor | None, found: Given, buffer: Tensor, d: Tensor, part: Part, plan: Plan,
+    dy: Tensor | None, found: Given, buffer: Tensor, d: Tensor, part: Part,
     need: tuple[bool, bool, bool, bool],
-) -> tuple[Given, Tensor]:  # fmt: skip
-    """Fills d with [dh, dz]; [None, None, dB, dgate], and d as parameters are to see it."""
+) -> tuple[Given, Tensor | None]:  # fmt: skip
+    """Fills columns of d with [dh, dz]; [None, None, dB, dgate], and them as parameters see them.
+
+    None where parameters see those of d.
+    """
     (_, _, to_B, to_gate), m, origin = need, part.m, buffer.data_ptr()
     q, h, kept, B = (part.at(name, buffer, origin) for name in ("q", "h", "kept", "B"))
     gate, bias, row_scale = found[5:]
     grad: Given = [None] * 4
     if dy is None:
-        d.zero_()
+        _own(d, part).zero_()
         if to_B:
             grad[2] = d.new_zeros(part.n, part.r_B, dtype=part.B_dtype)
         if to_gate:
             grad[3] = torch.zeros_like(gate)
-        return grad, d
+        return grad, None
     sums = d.new_empty(part.tiles, part.r, dtype=torch.float32) if m.kind == "static" else d
 
     # The gradient of x sees dy as it came, those of the parameters see it scaled.
     scaled = row_scale is not None and any(need)
-    own = d.new_empty(d.shape) if scaled else d
+    own = d.new_empty(d.shape[0], part.width) if scaled else None
     work = part.inner(dy.stride(0), d.stride(0), scaled)
-    dz = d[:, part.r :] if m.linear else d
-    own_dz = own[:, part.r :] if m.linear and scaled else dz
+    seen = part.ranked(d, part.start)
     work(
-        dy, B, d if gate is None else gate, d if bias is None else bias, h, kept, d, dz, sums,
-        row_scale if scaled else d, own, own_dz, *work.split(d),
+        dy, B, d if gate is None else gate, d if bias is None else bias, h, kept, *seen, sums,
+        row_scale if scaled else d, *(seen if own is None else part.ranked(own, 0)),
+        *work.split(d),
     )  # fmt: skip
     if to_gate:
         grad[3] = sums.sum(0).to(gate.dtype)
@@ -179,15 +182,20 @@ def _member_gradients(
     return grad, own
 
 
+def _own(d: Tensor, part: Part) -> Tensor:
+    """The columns of a part."""
+    return d if part.whole else d[:, part.start : part.start + part.width]
+
+
 def _key_gradients(
-    grads: list[Given], x: Tensor, d: Tensor, scaled: list[Tensor], seed: int | Tensor,
+    grads: list[Given], x: Tensor, d: Tensor, scaled: list[Tensor | None], seed: int | Tensor,
     plan: Plan, needs: Needs,
 ) -> None:  # fmt: skip
     """Fills in the gradients of A and rows, of all members by one product where that suffices."""
     keyed = seed if plan.call.dropout else None
     both = None
     whole = plan.alike and all(need[0] or need[1] for need in needs.members)
-    if whole and all(part is d or part._base is d for part in scaled):
+    if whole and all(own is None for own in scaled):
         both = _outer(x, d, plan, keyed)
     for part, own, grad, (to_A, to_rows, *_) in zip(
         plan.parts, scaled, grads, needs.members, strict=True
@@ -198,7 +206,8 @@ def _key_gradients(
         if both is None:
             W = x.new_zeros(part.width, plan.d, dtype=part.A_dtype)
             if live < part.width:
-                W[live:] = _outer(x, own[:, live:], plan, keyed)
+                seen = _own(d, part) if own is None else own
+                W[live:] = _outer(x, seen[:, live:], plan, keyed)
         else:
             W = both if part.whole else both[part.start : part.start + part.width]
         if to_A:

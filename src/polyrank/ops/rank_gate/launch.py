@@ -60,7 +60,16 @@ class Member(NamedTuple):
 
 
 class At:
-    """A matrix within a buffer of bytes, as kernels see it: allocating each would take longer."""
+    """A matrix within a buffer, as kernels see it: a tensor for each would take longer.
+
+    Args:
+        buffer: a tensor in one piece.
+        origin: its address.
+        start: where in it the matrix begins, in bytes.
+        rows: the size of the matrix.
+        columns: its distance of rows.
+        dtype: of its numbers.
+    """
 
     __slots__ = ("buffer", "columns", "dtype", "place", "rows", "start")
 
@@ -85,8 +94,7 @@ class At:
     def tensor(self) -> Tensor:
         """What lies there and beyond, rows in one piece where they are whole."""
         size = self.rows * self.columns * self.dtype.itemsize
-        end = min(self.start + size, self.buffer.numel())
-        flat = self.buffer[self.start : end].view(self.dtype)
+        flat = self.buffer.reshape(-1).view(torch.uint8)[self.start :][:size].view(self.dtype)
         whole = flat.numel() == self.rows * self.columns
         return flat.view(self.rows, self.columns) if whole else flat
 

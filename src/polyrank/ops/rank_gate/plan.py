@@ -70,6 +70,7 @@ class Part:
         write: the kernel of the update; there is none where it `folds`.
         folds: whether its output is one sum of base product and update.
         wide: dtype of h.
+        straight: whether rows of A, rows and B lie in one piece each.
     """
 
     def __init__(self, plan: "Plan", i: int, start: int, found: Given, biased: bool) -> None:
@@ -89,6 +90,7 @@ class Part:
         self._values: dict[tuple[int, bool], Launch] = {}
         self._sums: dict[tuple[int, bool], Product] = {}
         self.folds = plan.foldable and pays(plan.T, self.n, plan.device)
+        self.straight = all(t is None or unit(t) is t for t in (A, rows, B))
         self._forward(base, bias, unit(A), A if rows is None else unit(rows), unit(B))
 
     def _lay_out(self) -> None:
@@ -113,6 +115,25 @@ class Part:
     def at(self, name: str, buffer: Tensor, origin: int) -> At:
         """One of them in a buffer that begins at the address `origin`."""
         return At(buffer, origin, *self.places[name])
+
+    def keyed(self, AW: Tensor) -> tuple[At, At]:
+        """Its rows of [A; rows], and of those the router's."""
+        plan, step = self.plan, self.plan.d * AW.element_size()
+        origin, start = AW.data_ptr(), self.start * step
+        own = At(AW, origin, start, self.width, plan.d, plan.dtype)
+        if not self.m.linear:
+            return own, own
+        rows = self.width - self.r
+        return own, At(AW, origin, start + self.r * step, rows, plan.d, plan.dtype)
+
+    def ranked(self, d: Tensor, start: int) -> tuple[At, At]:
+        """From a column of a matrix d on, the gradients of h, and of a router's logits."""
+        size, columns = d.element_size(), d.stride(0)
+        origin, first = d.data_ptr(), start * size
+        own = At(d, origin, first, self.plan.T, columns, d.dtype)
+        if not self.m.linear:
+            return own, own
+        return own, At(d, origin, first + self.r * size, self.plan.T, columns, d.dtype)
 
     def _forward(self, base: Any, bias: Any, A: Tensor, rows: Tensor, B: Tensor) -> None:
         plan, m, call = self.plan, self.m, self.plan.call
