@@ -169,10 +169,11 @@ class Core(nn.Module):
         Raises:
             MergeError: if the map depends on the token.
         """
+        # An approximation is a mean of gates; a core without any would refuse that as well.
+        mean = ", or ask for an approximation with polyrank.merge(model, approximate=batches)"
         raise MergeError(
             f"merge: the core {type(self).__name__} weighs ranks for each token, so no single "
-            "matrix equals it; keep the adapter unmerged, or, where a core shows its gates, ask "
-            "for an approximation with polyrank.merge(model, approximate=batches)"
+            f"matrix equals it; keep the adapter unmerged{mean * hasattr(self, 'gates_of')}"
         )
 
     def base_gain(self) -> Tensor | None:
