@@ -1,12 +1,15 @@
 """The commands that a user types, in a process of their own."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from polyrank.cli import main
+from polyrank.engine.interrupt import Interrupts
 
 ESCAPE = "\x1b"
 
@@ -166,3 +169,27 @@ def test_bad_words_end_with_one_clear_error(capsys, tmp_path, monkeypatch, words
     assert len(lines) == 1
     assert says in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows knows neither signal")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_the_last_line_of_a_stopped_run_says_where_it_lies_and_how_it_goes_on(
+    capsys, monkeypatch, name
+):
+    number = signal.Signals[name]
+
+    def stopped(*words, out, **options):
+        with Interrupts(out) as interrupts:
+            os.kill(os.getpid(), number)
+            assert interrupts.asked == number
+            interrupts.stop()
+
+    monkeypatch.setattr("polyrank.engine.run", stopped)
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "--method", "lora", "--out", "runs/a b"])
+    assert caught.value.code == 128 + number
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        "stopped: runs/a b is kept; `polyrank resume 'runs/a b'`, or the same command again, "
+        "goes on from its last checkpoint"
+    )

@@ -378,9 +378,9 @@ def test_what_the_factors_of_experts_cannot_do_is_refused():
         pr.layers.truncate(model, 1)
     with pytest.raises(ConfigError, match="does not define banked"):
         pr.layers.append(model, force=True)
-    with pytest.raises(pr.MergeError, match="keep the adapter unmerged$"):
+    with pytest.raises(pr.MergeError, match=r"keep the adapter unmerged$"):
         pr.merge(model)
-    with pytest.raises(pr.MergeError, match="keep the adapter unmerged$"):
+    with pytest.raises(pr.MergeError, match=r"keep the adapter unmerged$"):
         pr.merge(model, approximate=[toy.tiny.inputs()])
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -40,7 +41,8 @@ NOISE = (
 )
 
 STOPPED = "stopped; of a run the same command goes on from its last checkpoint"
-TERMINATED = 143
+# By SIGINT, for which typer ends with this code, and by SIGTERM.
+SIGNALLED = (130, 143)
 
 app = typer.Typer(
     name="polyrank",
@@ -97,10 +99,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for problem in error.problems if isinstance(error, ConfigError) else [error]:
             typer.echo(f"error: {problem}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo(STOPPED, err=True)
+    except KeyboardInterrupt as end:
+        typer.echo(_how_to_go_on(end, words[:1]), err=True)
         sys.exit(130)
     except SystemExit as end:
-        if end.code == TERMINATED:
-            typer.echo(STOPPED, err=True)
+        # `resume` has called this with the command of its run, which has told it already.
+        if end.code in SIGNALLED and words[:1] != ["resume"]:
+            typer.echo(_how_to_go_on(end, words[:1]), err=True)
         raise
+
+
+def _how_to_go_on(end: BaseException, command: list[str]) -> str:
+    """Name the folder of a run that a signal stopped, wherever in the chain it is known."""
+    cause: BaseException | None = end
+    while cause is not None and not hasattr(cause, "run_folder"):
+        cause = cause.__cause__ or cause.__context__
+    # The folder of one run in a sweep is nothing to resume by itself.
+    if cause is None or command != ["run"]:
+        return STOPPED
+    resume = shlex.join(["polyrank", "resume", str(cause.run_folder)])
+    return (
+        f"stopped: {cause.run_folder} is kept; `{resume}`, or the same command again, goes on from "
+        "its last checkpoint"
+    )

@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT stopped the run in `run_folder`."""
+
+    def __init__(self, run_folder: Path) -> None:
+        super().__init__()
+        self.run_folder = run_folder
+
+
+class Terminated(SystemExit):
+    """SIGTERM stopped the run in `run_folder`; exit code 143."""
+
+    def __init__(self, run_folder: Path) -> None:
+        super().__init__(128 + signal.SIGTERM)
+        self.run_folder = run_folder
 
 
 class Interrupts:
     """Notes the first signal; a second one stops at once.
 
+    Args:
+        folder: of the run, for whoever tells the user how to go on.
+
     Attributes:
         asked: the signal that came, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.asked: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -42,6 +63,4 @@ class Interrupts:
 
     def stop(self) -> None:
         """End as the signal wants it: KeyboardInterrupt, or SystemExit with 143."""
-        if self.asked == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
+        raise (Terminated if self.asked == signal.SIGTERM else Interrupted)(self.folder)

@@ -106,7 +106,7 @@ def run(
         if state == "done":
             return Result(path=folder.path, results=folder.results(), model=None)
         with (
-            Interrupts() as interrupts,
+            Interrupts(folder.path) as interrupts,
             _recorded(folder),
             Bar(progress) as bar,
             _threads(made.threads),
