@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
+from collections.abc import Iterator
 from typing import Any
+
+# What a docstring is filled to where a terminal is wider: longer lines are hard to read.
+WIDEST = 100
 
 
 def summary(cls: Any) -> str:
@@ -12,6 +17,28 @@ def summary(cls: Any) -> str:
     text = inspect.getdoc(sys.modules[cls.__module__]) or ""
     first = text.split("\n\n")[0].replace("\n", " ")
     return first.partition(": ")[2].rstrip(".") or text.split("\n")[0]
+
+
+def description(cls: Any, width: int) -> str:
+    """Return what the module that holds a method says, its paragraphs filled to a width."""
+    text = inspect.getdoc(sys.modules[cls.__module__]) or ""
+    return "\n".join(_filled(text.split("\n"), min(width, WIDEST)))
+
+
+def _filled(lines: list[str], width: int) -> Iterator[str]:
+    """Yield paragraphs, each a line and those after it that are indented, filled anew."""
+    found: list[str] = []
+    for line in lines:
+        if found and found[-1] and line.startswith(" "):
+            found[-1] += " " + line.strip()
+        else:
+            found.append(line)
+    for number, paragraph in enumerate(found):
+        # Neither a formula's minus nor a long path is a place to break.
+        yield textwrap.fill(
+            paragraph, width, subsequent_indent="    " if number else "",
+            break_on_hyphens=False, break_long_words=False,
+        )  # fmt: skip
 
 
 def merging(cls: Any) -> str:
