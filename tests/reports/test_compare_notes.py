@@ -6,6 +6,7 @@ import math
 
 from polyrank import metrics
 from polyrank.io import RunFolder
+from polyrank.layers.config import NO_TARGETS
 from polyrank.reports import compare_table, compare_view
 
 MATRIX = [[0.9, math.nan], [0.5, 0.9]]
@@ -26,7 +27,7 @@ def write(path, *names, seed=0, targets=("q",), **train):
         "method": {"name": names[0]},
         "stream": {"name": "toy", "scenario": "class-incremental", "tasks": tasks},
         "model": {"source": "embedded"},
-        "target_modules": list(targets),
+        "target_modules": targets if isinstance(targets, str) else list(targets),
         "seed": seed,
         "train": train,
     }
@@ -47,6 +48,18 @@ def test_systems_that_were_trained_differently_are_named(tmp_path):
         "Trained differently: epochs 1 (mora), 2 (allora, sora, sequential); "
         "target_modules q (mora, allora, sequential), q, v (sora)."
     ]
+
+
+def test_a_method_that_adapts_blocks_alone_has_no_targets_to_tell(tmp_path):
+    write(tmp_path / "a", "mora", "sequential", lr=0.1)
+    write(tmp_path / "b", "sema", lr=0.1, targets=NO_TARGETS)
+    assert notes(tmp_path) == []
+    write(tmp_path / "c", "sora", lr=0.1, targets=["q", "v"])
+    (told,) = notes(tmp_path)
+    assert told == ("Trained differently: target_modules q (mora, sequential), q, v (sora).")
+    write(tmp_path / "d", "sema", "sequential", lr=0.1, targets=NO_TARGETS)
+    labels = {system.label for system in compare_view.gather([tmp_path]).systems}
+    assert {"sequential r=4 [target_modules=q]", "sequential r=4 [target_modules=–]"} < labels
 
 
 def test_one_name_at_two_settings_is_told_by_its_label(tmp_path):

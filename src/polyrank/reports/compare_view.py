@@ -25,6 +25,8 @@ COSTS = ("trainable", "seconds", "extra_samples")
 CLOSE = 1e-9
 # Options of a stream that are no choice of its tasks: what was drawn, and where data lie.
 _NO_CHOICE = frozenset({"seed", "root"})
+# PEFT's word for no layer at all, in runs of methods that adapt blocks alone.
+_NO_LAYERS = "dummy-target-modules"
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,8 @@ def _key(run: Mapping[str, Any], entry: Mapping[str, Any], bases: bool) -> dict[
     }
     # The probe reads frozen features; how the others train is nothing to it.
     if entry["name"] != "probe":
-        key |= {"train": run["train"], "target_modules": run.get("target_modules")}
+        targets = run.get("target_modules")
+        key |= {"train": run["train"], "target_modules": None if targets == _NO_LAYERS else targets}
     if entry["role"] == "method":
         key |= {"method": run["method"], "strategies": run.get("strategies")}
     return key
@@ -339,6 +342,9 @@ def _trained_differently(systems: Sequence[Compared]) -> Iterator[str]:
     for name in dict.fromkeys(name for fact in facts for name in fact):
         values: dict[str, list[Compared]] = {}
         for system, fact in zip(trained, facts, strict=True):
+            if name == "target_modules" and system.key[name] is None:
+                # That a method adapts blocks is the method's own.
+                continue
             values.setdefault(fact.get(name, "–"), []).append(system)
         if len(values) > 1:
             # A name that stands at two values says nothing.
