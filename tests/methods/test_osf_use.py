@@ -61,6 +61,19 @@ def test_schedules_retain_what_they_say(options, expected):
     assert pr.method("osf", **options).ranks(site()) == 24 - expected[0]
 
 
+def test_a_share_of_one_trains_what_rank_pattern_names_and_nothing_else():
+    whole = pr.method("osf", effective_rank=1.0)
+    net = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    model = pr.adapt(net, whole, ["0", "1"], rank_pattern={"1": 5})
+    assert [layer.site.r for layer in adapter_of(model).layers] == [0, 5]
+    assert pr.optimizer(model, 1e-3).param_groups
+    model = pr.adapt(nn.Sequential(nn.Linear(12, 12)), whole, ["0"])
+    with pytest.raises(ConfigError, match="nothing would train; retain less"):
+        pr.optimizer(model, 1e-3)
+    (problem,) = whole.too_long(3)
+    assert problem.startswith("effective_rank: got 1.0, which freezes all directions")
+
+
 def test_whole_shares_survive_rounding():
     # 0.07 · 100 is 7.000000000000001, and 0.29 · 100 is 28.999999999999996.
     assert Retention(schedule="rising", rise=0.07).rank(site(100, 100), 0) == 7

@@ -75,7 +75,8 @@ class OSF(Method):
 
     Args:
         schedule: "fixed", "progressive", "rising" or "adaptive".
-        effective_rank: of "fixed", k as an integer >= 1 or k / m in (0, 1]; None is 0.5.
+        effective_rank: of "fixed", k as an integer >= 1 or k / m in (0, 1]; 1.0 trains only what
+            rank_pattern names, and a run, which has none, refuses it; None is 0.5.
         unfreeze_rank_ratio: the same said as the free share, in (0, 1); None leaves it out.
         tasks: n of "progressive".
         rise: share that "rising" adds for each task, > 0.
