@@ -78,6 +78,14 @@ def test_a_dry_call_writes_nothing(capsys, spec):
     assert sorted(p.name for p in Path().iterdir()) == ["one.yaml", "spec.yaml"]
 
 
+def test_ends_of_a_range_that_are_moved_are_told_beside_the_outline(capsys):
+    text = "methods: {lora: }\nlr: {low: 1e-3, high: 1e-2}\nseeds: [1]\n"
+    Path("own.yaml").write_text(text, encoding="utf-8")
+    captured = called(capsys, "sweep", "own.yaml", "--dry")
+    assert captured.err.startswith("lr of lora: of the points 0.0002·10^(i/4) those inside")
+    assert captured.out.startswith("lora: 4 rates from 1.12e-03")
+
+
 def test_the_recipe_is_valid_and_has_a_name(capsys):
     lines = called(capsys, "sweep", "sweep-digits", "--dry").out.splitlines()
     assert [line.partition(":")[0] for line in lines[:3]] == ["lora", "lora-plus", "smora"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from polyrank.engine.sweep import resolve as resolving
-from polyrank.engine.sweep.outline import outline
+from polyrank.engine.sweep.outline import moved, outline
 from polyrank.engine.sweep.records import by_group
 from polyrank.engine.sweep.resolve import resolve
 from polyrank.engine.sweep.schedule import Group, Point, pending
@@ -249,7 +249,7 @@ def test_the_outline_counts_and_estimates():
     )
     assert lines[4].startswith("chain rank=4: one rate, 2.00e-04, 2 seeds")
     assert lines[6] == (
-        "48 runs left, 2304 updates; at most 64 runs more where the best rate is at an edge"
+        "48 runs left, 2304 updates; at most 32 runs more where the best rate is at an edge"
     )
     assert lines[7] == "time: no run is finished yet to tell from"
     point = next(pending(sweep.groups, {}))
@@ -262,6 +262,44 @@ def test_the_outline_counts_and_estimates():
     text = outline(probed.groups, [], probed.updates)
     assert text[0].startswith("lora rank=4, probe: 4 rates")
     assert text[1].startswith("lora rank=4: the best 3 rates of the probe")
+
+
+def test_the_outline_expects_more_runs_only_where_a_grid_may_still_grow():
+    sweep = resolve(write(SMALL.replace("  plus:", "  #plus:").replace("[4, 8]", "[4]")))
+    group = sweep.groups[0]
+    scores = {"state": "ok", "test": 0.5, "seconds": 24.0, "updates": 48}
+
+    def left(*validation, first):
+        lines = [
+            {**Point(group=group, index=first + n, seed=seed).line(), "validation": v, **scores}
+            for n, v in enumerate(validation)
+            for seed in group.seeds
+        ]
+        return outline(sweep.groups, lines, sweep.updates)[2].partition(", ")[::2]
+
+    first = group.grid.first
+    most = "; at most {} runs more where the best rate is at an edge"
+    assert left(first=first) == ("10 runs left", f"480 updates{most.format(8)}")
+    # The best rate is the smallest one: one more point is missing, and three may follow.
+    assert left(0.9, 0.8, 0.7, 0.6, first=first) == ("4 runs left", f"192 updates{most.format(6)}")
+    assert left(0.8, 0.9, 0.7, 0.6, first=first) == ("2 runs left", "96 updates")
+    grown = (0.99, 0.98, 0.97, 0.96, 0.9, 0.8, 0.7, 0.6)
+    assert left(*grown, first=first - 4) == ("2 runs left", "96 updates")
+
+
+def test_ends_of_a_range_that_are_no_points_of_the_grid_are_told():
+    spec = resolve(write(SMALL)).spec
+    points = "of the points 0.0002·10^(i/4) those inside the range are run"
+    high = "high 0.01 is none and 0.006325 is"
+    assert moved(spec) == [
+        f"lr of lora: {points}: low 0.001 is none and 0.001125 is, {high}; `anchor: 0.001` makes "
+        "the low end one",
+        f"lr of plus: {points}: {high}; `anchor: 0.01` makes the high end one",
+    ]
+    followed = SMALL.replace("high: 1e-2}", "high: 1e-2, anchor: 1e-3}")
+    followed = followed.replace("lr: {low: 2e-4}", "lr: {low: 2e-4, anchor: 2e-4, high: 2e-3}")
+    assert moved(resolve(write(followed)).spec) == []
+    assert moved(resolve(write("methods: {lora: }")).spec) == []
 
 
 def test_the_lock_holds_all_that_a_table_needs():

@@ -12,17 +12,21 @@ from rich.measure import Measurement
 
 def outline(path: Path, folder: Path, *, probe: bool) -> None:
     """Check a file and print what there is to do."""
+    from polyrank.engine.sweep.outline import moved
     from polyrank.engine.sweep.outline import outline as lines_of
     from polyrank.engine.sweep.records import read
     from polyrank.engine.sweep.resolve import resolve
 
     sweep = resolve(path, probe=probe)
+    for line in moved(sweep.spec):
+        typer.echo(line, err=True)
     for line in lines_of(sweep.groups, read(folder), sweep.updates):
         typer.echo(line)
 
 
 def run(path: Path, folder: Path, *, probe: bool) -> list[str]:
     """Make the runs that are left; return what went wrong in some of them."""
+    from polyrank.engine.sweep.outline import moved
     from polyrank.engine.sweep.resolve import resolve
     from polyrank.engine.sweep.runner import work
 
@@ -40,6 +44,8 @@ def run(path: Path, folder: Path, *, probe: bool) -> list[str]:
     def say(text: str) -> None:
         typer.echo(text, err=True)
 
+    for line in moved(sweep.spec):
+        say(line)
     return work(sweep.lock(), folder, one, keep=sweep.spec.keep, say=say)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from polyrank.engine.sweep.grid import EXTRA
 from polyrank.engine.sweep.records import FINISHED, Line, by_group
 from polyrank.engine.sweep.runner import counted
 from polyrank.engine.sweep.schedule import Group, missing, rates
+from polyrank.engine.sweep.spec import Spec
 
 
 def outline(
@@ -25,8 +27,7 @@ def outline(
         tried = rates(group, groups, runs)
         absent = len(missing(group, tried, runs.get(group.id, {})))
         later = group.points * len(group.seeds) if group.probe and not tried else 0
-        wide = group.extend and len(group.grid.indices()) > 1
-        left, most = left + absent + later, most + (2 * EXTRA * len(group.seeds) if wide else 0)
+        left, most = left + absent + later, most + _more(group, tried, absent)
         steps += (absent + later) * updates(group)
         found.append(_said(group, tried, absent, updates(group)))
     found.append(f"{counted(left, 'run')} left, {counted(steps, 'update')}{_beyond(most)}")
@@ -37,6 +38,32 @@ def outline(
         else f"time: about {_duration(rate * steps)} by the runs that are finished"
     )
     return found
+
+
+def moved(spec: Spec) -> list[str]:
+    """Return a sentence for every range whose ends, as the file says them, are no points."""
+    found: dict[str, list[str]] = {}
+    for name in spec.methods:
+        asked, grid = spec.asked(name), spec.grid(name)
+        ends = {"low": grid.rate(grid.first), "high": grid.rate(grid.last)}
+        off = [end for end in ends if end in asked and not math.isclose(asked[end], ends[end])]
+        if off:
+            told = ", ".join(f"{end} {asked[end]:g} is none and {ends[end]:.4g} is" for end in off)
+            text = (
+                f"of the points {grid.anchor:g}·10^(i/{grid.per_decade}) those inside the range "
+                f"are run: {told}; `anchor: {asked[off[0]]:g}` makes the {off[0]} end one"
+            )
+            found.setdefault(text, []).append(name)
+    return [f"lr of {', '.join(names)}: {text}" for text, names in found.items()]
+
+
+def _more(group: Group, tried: Sequence[int], absent: int) -> int:
+    """Return how many runs may still be added at an edge, beside those that are missing now."""
+    points = len(group.grid.indices())
+    if not group.extend or points == 1 or not absent:
+        return 0
+    # Of one edge: where the best rate leaves the edge at which points are added, it is inside.
+    return max(0, EXTRA - (len(tried) - points)) * len(group.seeds)
 
 
 def _said(group: Group, tried: Sequence[int], absent: int, updates: int) -> str:

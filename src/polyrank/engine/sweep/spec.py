@@ -153,12 +153,15 @@ class Spec(Model):
     keep: Annotated[str, _choice(KEEP)] = KEEP[0]
     probe: Annotated[Probe | None, BeforeValidator(_switch)] = None
 
+    def asked(self, name: str) -> dict[str, Any]:
+        """Return what the file says of a method's rates: its own where it has them, else common."""
+        own = self.methods[name].lr.model_dump(exclude_none=True)
+        return {**self.lr.model_dump(exclude_none=True), **own}
+
     def grid(self, name: str) -> Grid:
         """Return a method's grid: its own range where it has one, else the common one."""
-        own = self.methods[name].lr.model_dump(exclude_none=True)
-        common = self.lr.model_dump(exclude_none=True)
         found = {"low": LOW, "high": HIGH, "per_decade": PER_DECADE, "anchor": ANCHOR}
-        return Grid.between(**{**found, **common, **own})
+        return Grid.between(**{**found, **self.asked(name)})
 
     def reason(self, name: str) -> str | None:
         """Return why a method has one rate, if that is said."""
