@@ -299,6 +299,14 @@ def test_inputs_that_lie_elsewhere(ask, repeats, lies):
     assert repeats == [1]
 
 
+def test_rows_that_came_apart_are_not_awaited_again(ask):
+    model, x = built("smora"), inputs(2, 1)
+    apart = torch.zeros(2, 5, 24, device=DEVICE)[:, -1:]
+    apart.copy_(x)
+    for given in (apart, x, apart, x, x):
+        assert_close(ask(model, given), ask(model, x, "eager"))
+
+
 @pytest.mark.parametrize("name", list(METHODS))
 def test_calls_that_repeat_equal_the_path_without_kernels(ask, repeats, name):
     model = built(name)

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from polyrank.ops.rank_gate import Projection, linears, naive
+from polyrank.ops.rank_gate import Memo, Projection, linears, naive
 from polyrank.testing.tolerance import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,3 +111,36 @@ def test_sizes_of_a_model(make, kind, dtype, tokens):
     )
     for _ in range(3):
         same(layers, cases, dtype)
+
+
+@pytest.mark.gpu
+def test_graphs_of_one_stream_have_memory_of_their_own(make):
+    groups, wanted, found, graphs = [], [], [], []
+    for tokens in (1, 2):
+        sizes = {"lead": (tokens,), "d_in": 2048, "r": 64, "k": 8}
+        groups.append(
+            projections(make, ("sigmoid",) * 3, torch.bfloat16, (512,) * 3, False, **sizes)
+        )
+
+    def run(layers, cases, memo):
+        with torch.no_grad():
+            return linears(cases[0].x, layers, memo=memo)[0]
+
+    memos, stream = [Memo(), Memo()], torch.cuda.Stream()
+    for group, memo in zip(groups, memos, strict=True):
+        wanted += [run(*group, memo) for _ in range(2)][1:]
+    torch.cuda.synchronize()
+    for group, memo in zip(groups, memos, strict=True):
+        # A stream that no kernel ran on before.
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], stream=stream):
+            found.append(run(*group, memo))
+    sides = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(50):
+        for graph, side in list(zip(graphs, sides, strict=True))[::-1]:
+            with torch.cuda.stream(side):
+                graph.replay()
+    torch.cuda.synchronize()
+    for group, memo, one, other in zip(groups, memos, wanted, found, strict=True):
+        assert all(map(torch.equal, one, other))
+        assert all(map(torch.equal, one, run(*group, memo)))

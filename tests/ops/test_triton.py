@@ -237,6 +237,20 @@ def test_one_of_two_layers_used(make):
         assert_close(one, other)
 
 
+def test_the_operators_are_what_a_compiler_believes(make):
+    from polyrank.ops.rank_gate import triton as kernels
+
+    case = make("sigmoid-b", dtype=torch.float32, device=DEVICE, **SMALL["t9-d13-o11"])
+    given = [None, None, case.A, case.rows, case.B, None, case.epilogue.bias, None]
+    given = [t if t is None else t.detach() for t in given]
+    given[0] = case.y.detach()
+    member = kernels._member(case.epilogue, case.A.shape[0], case.scale, 0, True)
+    with torch.enable_grad():
+        call = kernels._call_of([member], case.x, given, 0.0, owned=False)
+    inputs = (case.x.detach(), given, None, None, 0, call.numbers())
+    torch.library.opcheck(torch.ops.polyrank.rank_gate.default, inputs)
+
+
 # --- a GPU ------------------------------------------------------------------------------------
 
 

@@ -57,3 +57,14 @@ def test_what_replays_of_a_graph_count_reaches_the_rule(monkeypatch):
         assert not kept.any()
     shift = torch.tensor([-0.25, -0.25, 0.25, 0.25]) + torch.tensor([0.25, -0.25, 0.25, 0.25])
     assert_close(core.balance_bias, before + shift)
+
+
+def test_a_bias_that_is_no_parameter_any_more_still_chooses():
+    model = pr.adapt(
+        torch.nn.Sequential(torch.nn.Linear(6, 6)), pr.method("smora", r=4, k=2), ["0"]
+    )
+    core = next(m for m in model.modules() if isinstance(m, cores.RankGate))
+    bias = core._parameters.pop("balance_bias").detach() + torch.tensor([3.0, 0, 0, 3])
+    # As wrappers do that keep all parameters in one tensor of theirs.
+    vars(core)["balance_bias"] = bias
+    assert core.fused().bias is bias

@@ -211,3 +211,13 @@ def test_a_threshold_of_zero_changes_no_bit(model):
     before = rule.gates.vectors()[0].clone()
     rule.after(Step(index=0, total=1, lr=0.1, peak=0.1))
     assert torch.equal(rule.gates.vectors()[0], before)
+
+
+def test_a_gate_of_one_call_is_not_kept():
+    core = StaticGate(4)
+    core.gate = None
+    vars(core)["gate"] = torch.ones(4, requires_grad=True) * 2
+    assert core.fused().gate.grad_fn is not None
+    # A copy of what has a history is refused.
+    core.gate = torch.nn.Parameter(torch.ones(4))
+    copy.deepcopy(core)

@@ -127,12 +127,17 @@ def _served(layer: AdaptedLinear, x: Tensor, flow: Flow, limits: Limits) -> Serv
     if view is None or view.evaluating:
         return None
     core: Core = inside["polyrank_core"]._modules[name]
-    A: Tensor = inside["polyrank_A"]._modules[name]._parameters["weight"]
-    B: Tensor = inside["polyrank_B"]._modules[name]._parameters["weight"]
-    if core.epilogue not in limits[1] or A.shape[0] > limits[0]:
+    if core.epilogue not in limits[1]:
+        return None
+    A = inside["polyrank_A"]._modules[name]._parameters.get("weight")
+    B = inside["polyrank_B"]._modules[name]._parameters.get("weight")
+    if A is None or B is None or A.shape[0] > limits[0]:
         return None
     W, b = base._parameters["weight"], base._parameters["bias"]
-    if type(W) is not nn.Parameter or W.requires_grad or W.dtype != x.dtype or W.device != x.device:
+    if type(W) is not nn.Parameter or W.requires_grad or W.dtype != x.dtype:
+        return None
+    # Kernels are started by addresses.
+    if not W.get_device() == A.get_device() == B.get_device() == x.get_device():
         return None
     if b is not None and b.requires_grad:
         return None

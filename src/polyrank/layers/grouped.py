@@ -35,9 +35,11 @@ def grouped(layer: AdaptedLinear, y: Tensor, x: Tensor, lane: Tensor, flow: Flow
     if not _plain(layer, names, cores):
         return None
     factors = [
-        [held[kind]._modules[name]._parameters["weight"] for name in names]
+        [held[kind]._modules[name]._parameters.get("weight") for name in names]
         for kind in ("polyrank_A", "polyrank_B")
     ]
+    if any(factor is None for each in factors for factor in each):
+        return None
     scale, epilogues = layer.views[names[0]].scale, [core.fused() for core in cores]
     first, shape = epilogues[0], factors[0][0].shape
     for name, e, A in zip(names, epilogues, factors[0], strict=True):

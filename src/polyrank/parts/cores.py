@@ -110,7 +110,9 @@ class RankGate(Core):
     def fused(self) -> Epilogue:
         """Return the operator's form; made anew only when something of it changed."""
         now = (self.k, self.block, self.score, self.bias_in_weight, self.total)
+        # Looked up where it mostly is; wrappers keep it as a plain attribute.
         bias, e = self._parameters.get("balance_bias"), self.form
+        bias = self.balance_bias if bias is None else bias
         if torch.compiler.is_compiling() or e is None or self.known != now or e.bias is not bias:
             e = Epilogue(
                 kind="linear",

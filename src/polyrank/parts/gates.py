@@ -71,7 +71,8 @@ class StaticGate(Core):
     def fused(self) -> Epilogue:
         """Return the operator's form; made anew only when something of it changed."""
         gate, e = self._all(), self.form
-        if torch.compiler.is_compiling() or self.bank:
+        # What others put in the place of the parameter is of one call, and may hold its graph.
+        if torch.compiler.is_compiling() or type(gate) is not nn.Parameter:
             return Epilogue(kind="static", gate=gate)
         if e is None or e.gate is not gate:
             e = self.form = Epilogue(kind="static", gate=gate)

@@ -95,15 +95,14 @@ class Again:
         pair: their launches.
     """
 
-    __slots__ = ("device", "dtype", "epilogues", "index", "pair", "precision", "shape", "shared",
-                 "stream")  # fmt: skip
+    __slots__ = ("device", "dtype", "epilogues", "held", "index", "pair", "precision", "shape")
 
     def __init__(self, x: Tensor, given: Sequence[Projection], pair: Pair) -> None:
         self.shape, self.dtype, self.device, self.index = x.shape, x.dtype, x.device, x.get_device()
         self.precision, self.pair = launch.precision(x.dtype), pair
         self.epilogues = [p.epilogue for p in given]
-        self.stream: int | None = None
-        self.shared: tuple[int, ...] = ()
+        # A stream and what its kernels share, as one: threads have streams of their own.
+        self.held: tuple[int, tuple[int, ...]] | None = None
 
     def __call__(self, x: Tensor, given: Sequence[Projection]) -> list[Tensor] | None:
         """x Wᵀ + b + update of every projection, (…, d_out), or None if something is not alike."""
@@ -122,16 +121,18 @@ class Again:
         keys, values = found
         outs = [linear(x, p.W, p.b) for p in given]
         stream = torch._C._cuda_getCurrentRawStream(index)
-        if stream != self.stream:
+        held, memory = self.held, None
+        if held is None or held[0] != stream or launch.capturing(self.device):
             # What a stream's kernels share stays where it is: larger memory comes beside it.
             memory = (launch.flag(self.device), *pair.read.split(x))
-            self.shared = tuple(t.data_ptr() for t in memory)
-            self.stream = stream
+            held = (stream, tuple(t.data_ptr() for t in memory))
+            if not launch.capturing(self.device):
+                self.held = held
         q = x.new_empty(pair.size)
         inside, y = q.data_ptr(), [out.data_ptr() for out in outs]
         y += y[:1] * (TOGETHER - len(y))
         for work, places in (
-            (pair.read, (place, *keys, inside, *self.shared)),
+            (pair.read, (place, *keys, inside, *held[1])),
             (pair.write, (*y, inside, *values)),
         ):
             run, function, more = work.ready[index]
@@ -217,7 +218,13 @@ def forward(
         pairs[-1](rows, given[start:end], outs[start:end])
         start = end
     index, pair = x.get_device(), pairs[0]
-    started = len(pairs) == 1 and index in pair.read.ready and index in pair.write.ready
+    # Launches for rows that are apart would read others at the same distance.
+    started = (
+        len(pairs) == 1
+        and x.is_contiguous()
+        and index in pair.read.ready
+        and index in pair.write.ready
+    )
     again = Again(x, given, pair) if started else None
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outs], again
 

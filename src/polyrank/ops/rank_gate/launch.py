@@ -18,6 +18,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # stream run one after the other.
 _LOCKS: dict[tuple[int, int], Tensor] = {}
 _LOCK_WORDS = 1 << 16
+# Zeros of a device for graphs, and how many are given away: words of a graph stay its own.
+_SPARE: dict[int, tuple[Tensor, list[int]]] = {}
+_SPARE_WORDS = 1 << 18
 # fp32 memory for parts of sums, likewise of a stream; the last is the largest.
 _SCRATCH: dict[tuple[int, int], list[Tensor]] = {}
 # Of Triton; what stands inside of its launchers differs between them.
@@ -155,7 +158,13 @@ class Launch:
 
     def split(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Memory for parts of the sum, and locks; any tensor where nothing is split."""
-        return (scratch(like.device, self.room), locks(like.device)) if self.room else (like, like)
+        if not self.room:
+            return like, like
+        device = like.device
+        if capturing(device):
+            room = torch.empty(self.room, dtype=torch.float32, device=device)
+            return room, _locks_of_graph(device, self.grid[0])
+        return scratch(device, self.room), locks(device)
 
 
 def _starter(made: Any) -> tuple[Any, Any, tuple[Any, ...]]:
@@ -175,12 +184,34 @@ def _place(device: torch.device) -> tuple[int, int]:
     return (device.index, torch._C._cuda_getCurrentRawStream(device.index))
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is started now is captured into a graph.
+
+    Graphs that were captured on one stream may run side by side, so that each needs memory that is
+    its own, and zeros that were zeros before its first replay.
+    """
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def locks(device: torch.device) -> Tensor:
     """Zeros, one word for every tile whose sum is split."""
     key = _place(device)
     if key not in _LOCKS:
         _LOCKS[key] = torch.zeros(_LOCK_WORDS, dtype=torch.int32, device=device)
+        if key[0] not in _SPARE:
+            words = torch.zeros(_SPARE_WORDS, dtype=torch.int32, device=device)
+            _SPARE[key[0]] = (words, [0])
     return _LOCKS[key]
+
+
+def _locks_of_graph(device: torch.device, words: int) -> Tensor:
+    pool, given = _SPARE.get(_place(device)[0], (None, [0]))
+    start, end = given[0], given[0] + -(-words // 4) * 4
+    if pool is None or end > _SPARE_WORDS:
+        # The graph writes them itself, at every replay.
+        return torch.zeros(words, dtype=torch.int32, device=device)
+    given[0] = end
+    return pool[start:end]
 
 
 def scratch(device: torch.device, room: int) -> Tensor:
@@ -193,12 +224,9 @@ def scratch(device: torch.device, room: int) -> Tensor:
 
 
 def workspace(device: int, words: int) -> Tensor:
-    """The same by a device's number; memory of its own for what is captured into a graph.
-
-    Graphs that were captured on one stream may run side by side.
-    """
+    """The same by a device's number; memory of its own for what is captured into a graph."""
     where = torch.device("cuda", device)
-    if torch.cuda.is_current_stream_capturing():
+    if capturing(where):
         return torch.empty(words, dtype=torch.float32, device=where)
     return scratch(where, words)
 

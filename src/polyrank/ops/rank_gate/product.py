@@ -17,8 +17,8 @@ from torch import Tensor
 from polyrank.ops.rank_gate.launch import DIRECT, INTERPRETED, VERSION, At, Launch, workspace
 from polyrank.ops.rank_gate.projection import SIXTEEN
 
-# Pairs of one kernel, and sizes from which the table has gains (one row in thirty loses 0.6 %): of
-# fewer tokens, and of a smaller result, the start of its copies costs more than what is spared.
+# Pairs of one kernel, and sizes from which the table has gains (one row of 33 loses 0.6 %); of
+# fewer tokens, and of smaller results, some gain and some lose to the start of its copies.
 MOST_PAIRS, LEAST_TOKENS, LEAST_NUMBERS = 4, 2048, 2048 * 4096
 # The share of all processors' time that whole tiles must fill: below it the table has losses.
 LEAST_FILL = 0.9
