@@ -82,7 +82,7 @@ def test_ends_of_a_range_that_are_moved_are_told_beside_the_outline(capsys):
     text = "methods: {lora: }\nlr: {low: 1e-3, high: 1e-2}\nseeds: [1]\n"
     Path("own.yaml").write_text(text, encoding="utf-8")
     captured = called(capsys, "sweep", "own.yaml", "--dry")
-    assert captured.err.startswith("lr of lora: of the points 0.0002·10^(i/4) those inside")
+    assert captured.err.startswith("lr of lora: low 0.001 and high 0.01 are no points 0.0002")
     assert captured.out.startswith("lora: 4 rates from 1.12e-03")
 
 

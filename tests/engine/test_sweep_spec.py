@@ -289,12 +289,11 @@ def test_the_outline_expects_more_runs_only_where_a_grid_may_still_grow():
 
 def test_ends_of_a_range_that_are_no_points_of_the_grid_are_told():
     spec = resolve(write(SMALL)).spec
-    points = "of the points 0.0002·10^(i/4) those inside the range are run"
-    high = "high 0.01 is none and 0.006325 is"
     assert moved(spec) == [
-        f"lr of lora: {points}: low 0.001 is none and 0.001125 is, {high}; `anchor: 0.001` makes "
-        "the low end one",
-        f"lr of plus: {points}: {high}; `anchor: 0.01` makes the high end one",
+        "lr of lora: low 0.001 and high 0.01 are no points 0.0002·10^(i/4), so that rates from "
+        "0.001125 to 0.006325 are run; `anchor: 0.001` makes the low end one",
+        "lr of plus: high 0.01 is no point 0.0002·10^(i/4), so that rates from 0.0002 to 0.006325 "
+        "are run; `anchor: 0.01` makes the high end one",
     ]
     followed = SMALL.replace("high: 1e-2}", "high: 1e-2, anchor: 1e-3}")
     followed = followed.replace("lr: {low: 2e-4}", "lr: {low: 2e-4, anchor: 2e-4, high: 2e-3}")

@@ -48,10 +48,12 @@ def moved(spec: Spec) -> list[str]:
         ends = {"low": grid.rate(grid.first), "high": grid.rate(grid.last)}
         off = [end for end in ends if end in asked and not math.isclose(asked[end], ends[end])]
         if off:
-            told = ", ".join(f"{end} {asked[end]:g} is none and {ends[end]:.4g} is" for end in off)
+            told = " and ".join(f"{end} {asked[end]:g}" for end in off)
+            are = "is no point" if len(off) == 1 else "are no points"
             text = (
-                f"of the points {grid.anchor:g}·10^(i/{grid.per_decade}) those inside the range "
-                f"are run: {told}; `anchor: {asked[off[0]]:g}` makes the {off[0]} end one"
+                f"{told} {are} {grid.anchor:g}·10^(i/{grid.per_decade}), so that rates from "
+                f"{ends['low']:.4g} to {ends['high']:.4g} are run; `anchor: {asked[off[0]]:g}` "
+                f"makes the {off[0]} end one"
             )
             found.setdefault(text, []).append(name)
     return [f"lr of {', '.join(names)}: {text}" for text, names in found.items()]
