@@ -2,6 +2,9 @@
 
 from speed_tables import found, markdown, table
 
+# Of small layers, one at a time.
+SHORT = "the host: about as long for every size, and ahead of the eager path all the same"
+
 
 def slowest():
     """The largest share of the eager path's time that kernels take, over all that was measured."""
@@ -43,17 +46,17 @@ def layer_aims():
         ("`smora`, one layer, device alone", "≤ 0.53", layer("smora", "device_"),
          "0.524 before the one sum (predicted 0.42)"),
         ("`smora`, one layer, as called", "≤ 0.53", layer("smora", ""),
-         "0.64 before, and 1.95 on a machine whose host was slower: the device is done sooner. "
-         "Tried: fewer look-ups, counts kept and not copied, starts without Triton's Python, no "
-         "look for functorch's wrappers (9 % of a layer's Python on a CPU). It would take fewer "
-         "starts: one cast and one pass 1 for q, k and v together"),
+         "0.64 before: the device is done sooner. Tried: fewer look-ups, counts kept and not "
+         "copied, starts without Triton's Python, no look for functorch's wrappers, addresses "
+         "for slices (this last not measured on a GPU). It would take fewer starts: one cast and "
+         "one pass 1 for q, k and v together"),
         ("`smora`, one layer, compiled, device alone", "≤ 0.71", compiled("device_"), ""),
         ("`smora`, one layer, compiled, as called", "≤ 0.71", compiled(""),
          "the guards and operators around one layer take longer than its kernels; in a whole "
-         "model, below, the host runs ahead. Operators without torch.library's own wrapper are "
-         "12 µs sooner each on a CPU, which is in this figure"),
+         "model, below, the host runs ahead"),
         ("`lora`, one layer, device alone", "≤ 0.48", layer("lora", "device_"),
          "0.488 before the one sum"),
+        ("`lora`, one layer, as called", "≤ 0.48", layer("lora", ""), "0.533 before"),
         ("`lora`, one layer, in a row", "≤ 0.48", layer("lora", "row_"), "0.495 before"),
         ("`smora`, one layer, peak MiB over the frozen layer", "≤ 16", peak("smora"), ""),
         ("`lora`, one layer, peak MiB over the frozen layer", "≤ 16", peak("lora"), ""),
@@ -61,11 +64,15 @@ def layer_aims():
         ("`lora`, d_out 11008, device alone", "≤ 0.48", layer("lora", "device_", "up"), ""),
         ("`smora`, d 2048, device alone", "≤ 0.53", layer("smora", "device_", "half"), ""),
         ("`lora`, d 2048, device alone", "≤ 0.48", layer("lora", "device_", "half"), ""),
+        ("`smora`, d 2048, as called", "≤ 0.53", layer("smora", "", "half"), SHORT),
+        ("`lora`, d 2048, as called", "≤ 0.48", layer("lora", "", "half"), SHORT),
         ("`smora`, 2048 tokens, device alone", "≤ 0.53", layer("smora", "device_", "short"),
-         "0.796 before; as called the host rules, yet it is ahead of the eager path. Seven short "
-         "kernels pay for their beginnings and ends, and the one sum gains 4 to 8 % here"),
+         "0.796 before. Seven short kernels pay for their beginnings and ends, and the one sum "
+         "gains 4 to 8 % here"),
         ("`lora`, 2048 tokens, device alone", "≤ 0.48", layer("lora", "device_", "short"),
          "0.655 before; the same"),
+        ("`smora`, 2048 tokens, as called", "≤ 0.53", layer("smora", "", "short"), SHORT),
+        ("`lora`, 2048 tokens, as called", "≤ 0.48", layer("lora", "", "short"), SHORT),
         ("kernels, of the eager path's time, worst case", "≤ 1", slowest(), ""),
     ]  # fmt: skip
 
@@ -78,14 +85,15 @@ def step_aims():
 
     return [
         ("`smora`, whole step, of PEFT bf16", "≤ 0.91", step("model_step"),
-         "0.902 before. Another machine gave 0.858, a third, whose host was slower, 0.920"),
+         "0.902 before; a machine whose host was slower gave 0.920 "
+         "(`bench/results/model_step_machines.csv`)"),
         ("`smora`, whole step, of PEFT's default", "≤ 0.56", step("model_step", "over_peft_fp32"),
-         "0.596 before; on the other machines 0.558 and 0.585"),
+         "0.596 before; on the other machine 0.585"),
         ("`lora`, whole step, of PEFT bf16", "≤ 1", step("model_step", system="lora"), ""),
         ("`smora`, compiled", "≤ 0.93", step("model_step_compiled"),
          "1.013 before; part of that was a break of the graph, since mended. Layers that read the "
-         "same x are still computed apart in a compiled graph; together they would save about "
-         "0.6 ms of 38"),
+         "same x are still computed apart in a compiled graph. One run: `lora`, which does less, "
+         "came out slower"),
         ("`lora`, compiled", "≤ 1", step("model_step_compiled", system="lora"), ""),
         ("`smora`, 4 layers of 7 B, of PEFT bf16", "≤ 0.91", step("model_step_7b"), ""),
         ("`smora`, 4 layers of 7 B, of PEFT's default", "≤ 0.56",
@@ -95,8 +103,9 @@ def step_aims():
         ("`lora`, 4 layers of 7 B, compiled", "≤ 1",
          step("model_step_7b_compiled", system="lora"), ""),
         ("`smora`, losses of 50 steps, mean gap, of the control's", "≤ 1", noise("smora"),
-         "0.35 in an earlier run, whose control lay 2.6 times as far from the eager path: one "
-         "control is one draw of the noise"),
+         "not shown for `smora`: one control is one draw of the noise (its mean gap was 0.137 in "
+         "an earlier run, that of the kernels 0.048; now 0.053 and 0.083). It would take several "
+         "seeds"),
         ("`lora`, losses of 50 steps, mean gap, of the control's", "≤ 1", noise("lora"), ""),
     ]  # fmt: skip
 
@@ -111,14 +120,15 @@ def few_aims():
         ("`lora`, one token, CUDA graph", "≤ 0.7", few("lora", "graph"), "0.69 before"),
         ("`smora`, one token, CUDA graph", "≤ 0.7", few("smora", "graph"), "0.94 before"),
         ("`lora`, one token, eager", "≤ 0.7", few("lora", "eager"),
-         "1.30 before starts by addresses (predicted 0.66)"),
+         "1.30 before starts by addresses (predicted 0.66); two questions a layer, about graphs "
+         "and devices, came after the measurement"),
         ("`smora`, one token, eager", "≤ 0.7", few("smora", "eager"),
          "1.35 before (predicted 0.70 to 0.80). What is left is Python that asks a layer what it "
          "holds, and torch's own calls"),
         ("`lora`, throughput of 64 adapters in a batch", "≥ 5", throughput("lora"), ""),
         ("`smora`, throughput of 64 adapters in a batch", "≥ 5", throughput("smora"),
-         "since then Python's part fell from 3.1 to 1.4 ms a layer on a CPU (`lora`: 1.9 to 0.7); "
-         "not measured on a GPU again"),
+         "since then Python's part fell by two thirds on a CPU (`python bench/lanes_cpu.py`: 1.2 "
+         "ms a layer, `lora` 0.6; 3.7 and 2.9 before); not measured on a GPU again"),
     ]  # fmt: skip
 
 

@@ -126,7 +126,7 @@ def decoding():
         for r in rows
     ]  # fmt: skip
     head = ("case", "mode", "system", "µs a forward", "over the base, µs", "of PEFT's")
-    return f"{markdown(head, found)}\n\n{origin(rows[0])}; commits in `bench/results/decode.csv`"
+    return f"{markdown(head, found)}\n\n{origin(rows[0])}"
 
 
 def lanes(name):
@@ -194,16 +194,15 @@ TEXT = """<!-- Made by bench/speed_page.py from bench/results; do not edit. -->
 # Speed on a GPU
 
 What an adapter costs on top of the frozen model, beside PEFT's LoRA of the same rank (64; `smora`
-has 8 active ranks), in bf16 with fp32 master weights unless said otherwise. One run each.
+has 8 active ranks), in bf16 with fp32 master weights unless said otherwise. One run each, so that a
+few per cent are noise: `smora` does more than `lora`, and where it comes out faster that is why.
 
 ![A layer and a whole training step beside PEFT](images/speed.png)
 
 ## One layer, forward and backward
 
 *Step* and *over the frozen layer* are one layer as called from Python: sizes that the device
-finishes sooner show the host. In such a step calls take three to four times as long as in a loop
-of their own, likely because forward and backward run in two threads that wake each other. *In a
-row*: eight such layers in one step, by the layer. *Device alone* replays the same work as a CUDA
+finishes sooner show the host. *In a row*: eight such layers in one step, by the layer. *Device alone* replays the same work as a CUDA
 graph. How fast the host is varies between machines of one kind; ratios hold within a case.
 
 {layers}{layers_compiled}{layers_public}
@@ -255,9 +254,10 @@ A forward of the same model with the adapter unmerged. Up to 64 tokens without g
 ## Kernels
 
 8192 tokens, 4096 → 4096, r = 64: every pass at its fastest tile, beside the same product in torch.
-The passes over x and dy lie 16 to 56 % above their bytes (dy is read twice: parts of dB for one
-read would fill as much memory as dy). Nothing is accumulated onto y and dx: on a Hopper GPU large
-results are the one sum below, elsewhere the base product adds onto the update.
+The passes over x and dy lie 17 to 56 % above their bytes (dy is read twice: parts of dB for one
+read would fill as much memory as dy); this table and that of the gates are older than the one sum.
+Nothing is accumulated onto y and dx: on a Hopper GPU large results are the one sum below, elsewhere
+the base product adds onto the update.
 
 {kernels}
 
@@ -282,6 +282,8 @@ LAYERS_PUBLIC = """Beside experts of another package (eulerforge: 8 experts of r
 2 of them a token), which are looked for on the host, so that no graph can replay them:"""
 SEVEN = "Four layers of 7 B's shape (4096 wide, FFN of 11008), the same batch:"
 SEVEN_COMPILED = "The same four layers under `torch.compile`:"
+UNMEASURED = """Mixtures of LoRA experts by others, systems of `bench/public_mixtures.py`, were not
+measured yet."""
 MIXTURES = """Mixtures of LoRA experts by others, in the dtype of the base, 64 ranks in 8 experts,
 2 of them a token, four layers of 7 B's shape. PEFT's X-LoRA weighs whole adapters after a forward
 of the frozen model; mixlora has experts in the FFN, as `mixlora` here, and LoRA of rank 8 in the
@@ -299,7 +301,7 @@ def page():
         steps=steps("model_step"), steps_7b=section("model_step_7b", SEVEN, steps),
         compiled=steps("model_step_compiled"),
         compiled_7b=section("model_step_7b_compiled", SEVEN_COMPILED, steps),
-        public=section("model_step_public", MIXTURES, steps),
+        public=section("model_step_public", MIXTURES, steps) or f"\n\n{UNMEASURED}",
         losses=losses(), methods=methods(), gates=gates(), decoding=decoding(),
         lanes=lanes("lanes"), kernels=kernels(), sums=sums(), aims=aims(),
     )  # fmt: skip
