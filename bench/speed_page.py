@@ -202,8 +202,9 @@ few per cent are noise: `smora` does more than `lora`, and where it comes out fa
 ## One layer, forward and backward
 
 *Step* and *over the frozen layer* are one layer as called from Python: sizes that the device
-finishes sooner show the host. *In a row*: eight such layers in one step, by the layer. *Device alone* replays the same work as a CUDA
-graph. How fast the host is varies between machines of one kind; ratios hold within a case.
+finishes sooner show the host. *In a row*: eight such layers in one step, by the layer. *Device
+alone* replays the same work as a CUDA graph. How fast the host is varies between machines of one
+kind; ratios hold within a case.
 
 {layers}{layers_compiled}{layers_public}
 
