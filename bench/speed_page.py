@@ -1,4 +1,4 @@
-"""Makes docs/speed.md and docs/images/speed.png out of the tables in bench/results.
+"""Makes docs/speed.md, its picture and README's table out of the tables in bench/results.
 
 python bench/speed_page.py
 """
@@ -19,6 +19,8 @@ NAMES = {
     "smora": "`smora`", "lora": "`lora`", "mixlora": "`mixlora`, 8 experts",
     "xlora": "PEFT X-LoRA", "public mixlora": "mixlora 0.2.3", "eulerforge": "eulerforge 0.1.0",
 }  # fmt: skip
+# Systems of README.md's table.
+SHOWN = ("smora", "lora", "peft bf16", "peft fp32")
 # Milliseconds of the device, counted from bytes at 3.0 TB/s (a copy, measured) for the main case.
 FLOOR_TB = 3.0
 
@@ -220,17 +222,18 @@ their neighbours and layers that read the same x are not computed together:
 
 {compiled}{compiled_7b}{public}
 
-Losses of 50 steps. The control makes all products in fp32, and so differs from the eager path by
-what bf16 rounds; gates that choose ranks turn such differences into other choices.
+Losses of 50 steps from factors drawn at random, both methods at one rate that nobody tuned: paths
+are compared here, not methods. The control makes all products in fp32, and so differs from the
+eager path by what bf16 rounds; gates that choose ranks turn such differences into other choices.
 
 {losses}
 
 ## Other methods
 
-The same model and batch. `gather` is one batch whose gradients by every layer's weight are summed
-for a start from data, and a control that passes the same tensors on and sums nothing. Both are at
-their highest elsewhere, before a sum is made; then a sum itself holds the gradient of one layer and
-wide copies of 1024 tokens.
+The 1.2 B model, the same batch. `gather` is one batch whose gradients by every layer's weight are
+summed for a start from data, and a control that passes the same tensors on and sums nothing. Both
+are at their highest elsewhere, before a sum is made; then a sum itself holds the gradient of one
+layer and wide copies of 1024 tokens.
 
 {methods}
 
@@ -243,8 +246,8 @@ that `POLYRANK_OPS=auto` follows.
 
 ## Few tokens
 
-A forward of the same model with the adapter unmerged. Up to 64 tokens without gradients, q, k and v
-(gate and up) take two launches beside the base products.
+A forward of the 1.2 B model with the adapter unmerged. Up to 64 tokens without gradients, q, k and
+v (gate and up) take two launches beside the base products.
 
 {decoding}
 
@@ -268,7 +271,8 @@ On Hopper `x Wᵀ + q Bᵀ`, and the gradient of x from every layer that reads i
 several pairs of matrices, so that no update passes through memory. *Apart*: a kernel writes the
 update and torch's products add to it; both on the device alone. With the update in it the kernel
 mostly takes 1 to 9 % longer at 8192 tokens than torch's base product alone, and less where several
-layers read x; *taken* says where it is used.
+layers read x. *Taken*: where it is used, from 2048 tokens and results of 2048 × 4096 on, if whole
+tiles fill the processors.
 
 {sums}
 
@@ -282,7 +286,7 @@ COMPILED = """Under `torch.compile`, every system as one graph; PEFT's is then c
 LAYERS_PUBLIC = """Beside experts of another package (eulerforge: 8 experts of rank 8 with a router,
 2 of them a token), which are looked for on the host, so that no graph can replay them:"""
 SEVEN = "Four layers of 7 B's shape (4096 wide, FFN of 11008), the same batch:"
-SEVEN_COMPILED = "The same four layers under `torch.compile`:"
+SEVEN_COMPILED = "Four layers of 7 B's shape under `torch.compile`:"
 UNMEASURED = """Mixtures of LoRA experts by others, systems of `bench/public_mixtures.py`, were not
 measured yet."""
 MIXTURES = """Mixtures of LoRA experts by others, in the dtype of the base, 64 ranks in 8 experts,
@@ -306,6 +310,32 @@ def page():
         losses=losses(), methods=methods(), gates=gates(), decoding=decoding(),
         lanes=lanes("lanes"), kernels=kernels(), sums=sums(), aims=aims(),
     )  # fmt: skip
+
+
+def summary():
+    """The table of README.md."""
+
+    def numbers(name, column, factor, unit, digits, **where):
+        rows = [r for r in table(name) if all(r[key] == value for key, value in where.items())]
+        values = {r["system"]: float(r[column]) * factor for r in rows}
+        return [f"{values[system]:.{digits}f} {unit}" for system in SHOWN]
+
+    frozen = next(float(r["ms"]) for r in table("model_step") if r["system"] == "base")
+    one = {"case": "1 tokens", "mode": "graph"}
+    token = next(float(r["us"]) for r in table("decode") if r["system"] == "base"
+                 and r["mode"] == "graph") / 1e3  # fmt: skip
+    rows = [
+        (f"training step, 1.2 B in Llama's shape, 8 × 1024 tokens, every linear layer (frozen "
+         f"model: {frozen:.0f} ms)", *numbers("model_step", "ms", 1, "ms", 0)),
+        ("one layer 4096 → 11008, 8192 tokens: time over the frozen layer, forward and backward",
+         *numbers("rank_gate", "extra_us", 1, "µs", 0, case="up")),
+        ("its memory over the frozen layer",
+         *numbers("rank_gate", "peak_extra_mib", 1, "MiB", 0, case="up")),
+        (f"one token, CUDA graph: time over the frozen model ({token:.1f} ms)",
+         *numbers("decode", "extra_us", 1e-3, "ms", 2, **one)),
+    ]  # fmt: skip
+    head = ("", "`smora`", "`lora`", "PEFT's LoRA, bf16 adapters", "its default (fp32)")
+    return markdown(head, rows).replace("|  |", "| |", 1)
 
 
 def picture(path):
@@ -340,6 +370,11 @@ def picture(path):
 def main():
     """Write the page and its picture."""
     (ROOT / "docs" / "speed.md").write_text(page(), encoding="utf-8")
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    start = text.index("| | `smora` | `lora` |")
+    end = text.index("\n\n", start)
+    readme.write_text(text[:start] + summary() + text[end:], encoding="utf-8")
     picture(ROOT / "docs" / "images" / "speed.png")
 
 

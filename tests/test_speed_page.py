@@ -23,6 +23,11 @@ def test_the_page_is_made_from_the_tables(made):
     assert written == made.page(), "run python bench/speed_page.py"
 
 
+def test_the_table_of_the_readme_is_too(made):
+    written = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert made.summary() in written, "run python bench/speed_page.py"
+
+
 def test_a_table_that_is_not_there_leaves_its_section_and_aims_out(made, monkeypatch, tmp_path):
     for name in made.TABLES:
         shutil.copy(ROOT / "bench" / "results" / f"{name}.csv", tmp_path)

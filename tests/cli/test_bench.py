@@ -33,6 +33,8 @@ def test_a_layer_is_timed_beside_pefts_lora():
         (["--r", "4", "--k", "8"], "k: got 8, expected at most r = 4"),
         (["--rounds", "0", "--size", "-1"], "size: got -1, expected >= 0"),
         (["--device", "tpu"], "device: got 'tpu'"),
+        (["--out", "nowhere/x.csv"], "out: got 'nowhere/x.csv', which lies in 'nowhere'"),
+        (["--out", "."], "out: got '.', which is a folder"),
     ],
 )
 def test_what_cannot_be_timed_is_refused(words, message, capsys):

@@ -9,10 +9,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import polyrank as pr
+from polyrank.errors import ConfigError
 from polyrank.layers import fused
 from polyrank.layers.linear import AdaptedLinear
 from polyrank.ops.rank_gate import naive
 from polyrank.ops.rank_gate.epilogue import KINDS
+from polyrank.ops.rank_gate.projection import INTERPRETED
 from polyrank.testing import assert_close
 
 
@@ -27,6 +29,19 @@ class Block(nn.Module):
 
     def forward(self, x):
         return self.o(sum(getattr(self, name)(x) for name in self.used).tanh())
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="kernels can run here")
+@pytest.mark.parametrize(("name", "options"), [("lora", {}), ("smora", {"k": 2})])
+def test_kernels_that_are_forced_and_cannot_run_are_an_error(monkeypatch, name, options):
+    model = pr.adapt(Block(), pr.method(name, r=4, **options), target_modules=["q", "o"], seed=0)
+    x = torch.randn(2, 6)
+    expected = model(x)
+    monkeypatch.setenv("POLYRANK_OPS", "triton")
+    with pytest.raises(ConfigError, match=r"POLYRANK_OPS: got 'triton', but .*unset it"):
+        model(x)
+    monkeypatch.setenv("POLYRANK_OPS", "")
+    assert torch.equal(model(x), expected)
 
 
 @pytest.fixture

@@ -41,6 +41,11 @@ def command(
     ]  # fmt: skip
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         faults.append(f"device: got {device!r}, expected cpu, or cuda where there is one")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        what = "is a folder" if out.is_dir() else f"lies in {str(out.parent)!r}, which is no folder"
+        faults.append(
+            f"out: got {str(out)!r}, which {what}, expected a file to write; name another"
+        )
     if not faults and k > r:
         faults.append(f"k: got {k}, expected at most r = {r}; lower k or raise r")
     if faults:

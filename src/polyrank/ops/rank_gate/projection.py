@@ -14,6 +14,7 @@ SIXTEEN = (torch.bfloat16, torch.float16)
 MOST_RANKS, TIMED_RANKS = 256, 64
 TIMED_KINDS = ("none", "static", "linear", "self")
 INSTALLED = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _CAPABLE: dict[int, bool] = {}
 
 
@@ -74,8 +75,8 @@ def _timed(x: Tensor) -> bool:
 
 
 def asked() -> str:
-    """What `POLYRANK_OPS` says."""
-    return os.environ.get("POLYRANK_OPS", "auto")
+    """What `POLYRANK_OPS` says; an empty one says nothing."""
+    return os.environ.get("POLYRANK_OPS") or "auto"
 
 
 def reach(x: Tensor) -> tuple[int, tuple[str, ...]]:
@@ -83,6 +84,8 @@ def reach(x: Tensor) -> tuple[int, tuple[str, ...]]:
     path = asked()
     if x.numel() and path == "auto" and _timed(x):
         return TIMED_RANKS, TIMED_KINDS
-    if x.numel() and path == "triton" and x.dtype != torch.float64:
+    # Where kernels are forced and cannot run, the ordinary way says so.
+    runs = INSTALLED and (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
+    if x.numel() and path == "triton" and runs:
         return MOST_RANKS, KINDS
     return 0, ()
