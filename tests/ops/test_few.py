@@ -13,7 +13,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     # Triton reads it when it is imported, which other packages do.
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
-from polyrank.ops.rank_gate import few  # noqa: E402
+from polyrank.ops.rank_gate import few, launch  # noqa: E402
 
 # The interpreter multiplies bits where it should multiply bf16 numbers.
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu, id="bf16")
@@ -113,6 +113,30 @@ def test_sizes_of_a_model(make, kind, dtype, tokens):
         same(layers, cases, dtype)
 
 
+@pytest.mark.parametrize("spare", [True, False])
+def test_what_is_captured_takes_zeros_that_nobody_had(make, monkeypatch, spare):
+    device, taken = torch.device(DEVICE), []
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    monkeypatch.setattr(launch, "_LOCKS", {})
+    monkeypatch.setattr(launch, "_SPARE", {})
+    if spare:
+        launch.locks(device)
+    split = launch.Launch.split
+
+    def noted(self, like):
+        found = split(self, like)
+        taken.extend([found[1]] if self.room else [])
+        return found
+
+    monkeypatch.setattr(launch.Launch, "split", noted)
+    layers, cases = projections(make, ("sigmoid", "none"), torch.float32, (11, 17), False,
+                                lead=(1, 2), d_in=300)  # fmt: skip
+    same(layers, cases, torch.float32)
+    assert len({t.data_ptr() for t in taken}) == len(taken) == 2
+    assert not any(t.any() for t in taken)
+    assert all((t._base is not None) == spare for t in taken)
+
+
 @pytest.mark.gpu
 def test_graphs_of_one_stream_have_memory_of_their_own(make):
     groups, wanted, found, graphs = [], [], [], []
@@ -144,3 +168,12 @@ def test_graphs_of_one_stream_have_memory_of_their_own(make):
     for group, memo, one, other in zip(groups, memos, wanted, found, strict=True):
         assert all(map(torch.equal, one, other))
         assert all(map(torch.equal, one, run(*group, memo)))
+
+
+@pytest.mark.parametrize("start", [0, 12])
+def test_a_part_lies_where_its_tensor_does(start):
+    whole = torch.arange(24.0, device=DEVICE).view(4, 6)
+    part = launch.At(whole, whole.data_ptr(), start, 4, 6, torch.float32)
+    assert part.tensor().data_ptr() == part.data_ptr()
+    assert part.tensor().flatten()[0] == start / 4
+    assert part.after(2).tensor().flatten()[0] == start / 4 + 2
