@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from polyrank.errors import ConfigError
 from polyrank.frame import Core, Flow, Site
+from polyrank.ops.capture import capturing
 from polyrank.ops.rank_gate import Epilogue, gate
 
 
@@ -25,14 +26,6 @@ class Router(nn.Module):
         """Draw U(±1/√d_in), the law of nn.Linear."""
         bound = 1 / math.sqrt(self.weight.shape[1])
         self.weight.copy_(torch.empty(self.weight.shape).uniform_(-bound, bound, generator=rng))
-
-
-def capturing(counts: Tensor) -> bool:
-    """Say whether what is done to a tensor now is captured into a CUDA graph."""
-    # A compiler cannot trace the question.
-    if torch.compiler.is_compiling() or not counts.is_cuda:
-        return False
-    return torch.cuda.is_current_stream_capturing()
 
 
 class RankGate(Core):
@@ -153,7 +146,7 @@ class RankGate(Core):
                 dist.all_reduce(counts)
             self.balance(counts, self.rate)
             return
-        if capturing(counts):
+        if capturing(counts.device):
             if self.kept is None:
                 raise ConfigError(
                     "rank gate: got a CUDA graph that captures the first training forward, "

@@ -121,12 +121,12 @@ class Again:
         keys, values = found
         outs = [linear(x, p.W, p.b) for p in given]
         stream = torch._C._cuda_getCurrentRawStream(index)
-        held, memory = self.held, None
-        if held is None or held[0] != stream or launch.capturing(self.device):
+        held, memory, captured = self.held, None, launch.capturing(self.device)
+        if held is None or held[0] != stream or captured:
             # What a stream's kernels share stays where it is: larger memory comes beside it.
             memory = (launch.flag(self.device), *pair.read.split(x))
             held = (stream, tuple(t.data_ptr() for t in memory))
-            if not launch.capturing(self.device):
+            if not captured:
                 self.held = held
         q = x.new_empty(pair.size)
         inside, y = q.data_ptr(), [out.data_ptr() for out in outs]

@@ -4,16 +4,16 @@ A call adapts one or several projections of the same x: a `Member` each. Triton 
 argument to find a compiled kernel, in the time that many a kernel runs; a `Launch` knows its own.
 """
 
-import os
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from polyrank.ops.capture import capturing
 from polyrank.ops.rank_gate import kernels, tiles
+from polyrank.ops.rank_gate.projection import INTERPRETED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Zeros that kernels count arrivals in and leave at zero, of a device's stream; kernels of one
 # stream run one after the other.
 _LOCKS: dict[tuple[int, int], Tensor] = {}
@@ -161,6 +161,8 @@ class Launch:
         if not self.room:
             return like, like
         device = like.device
+        # Graphs that were captured on one stream may run side by side: each needs memory that is
+        # its own, and zeros that were zeros before its first replay.
         if capturing(device):
             room = torch.empty(self.room, dtype=torch.float32, device=device)
             return room, _locks_of_graph(device, self.grid[0])
@@ -182,15 +184,6 @@ def _place(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return (-1, 0)
     return (device.index, torch._C._cuda_getCurrentRawStream(device.index))
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether what is started now is captured into a graph.
-
-    Graphs that were captured on one stream may run side by side, so that each needs memory that is
-    its own, and zeros that were zeros before its first replay.
-    """
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def locks(device: torch.device) -> Tensor:

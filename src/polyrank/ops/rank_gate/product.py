@@ -14,8 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from polyrank.ops.rank_gate.launch import DIRECT, INTERPRETED, VERSION, At, Launch, workspace
-from polyrank.ops.rank_gate.projection import SIXTEEN
+from polyrank.ops.rank_gate.launch import DIRECT, VERSION, At, Launch, workspace
+from polyrank.ops.rank_gate.projection import INTERPRETED, SIXTEEN
 
 # Pairs of one kernel, and sizes from which the table has gains (one row of 33 loses 0.6 %); of
 # fewer tokens, and of smaller results, some gain and some lose to the start of its copies.

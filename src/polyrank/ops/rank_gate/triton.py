@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from polyrank.ops.capture import capturing
 from polyrank.ops.philox import Word
 from polyrank.ops.rank_gate import eager, few, fused, launch
 from polyrank.ops.rank_gate.epilogue import Epilogue
 from polyrank.ops.rank_gate.plan import WIDTH, Call
-from polyrank.ops.rank_gate.projection import MOST_RANKS, Memo, Projection
+from polyrank.ops.rank_gate.projection import INTERPRETED, MOST_RANKS, Memo, Projection
 from polyrank.ops.rank_gate.selection import MESSAGE, NonFiniteError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def problems(x: Tensor, r: int, shadow: Any) -> list[str]:
     """Say why the kernels cannot serve a call; empty if they can."""
     found = []
-    if not x.is_cuda and not launch.INTERPRETED:
+    if not x.is_cuda and not INTERPRETED:
         found.append(f"x on {x.device.type}: kernels need a CUDA device")
     if x.dtype not in DTYPES:
         found.append(f"{x.dtype}: kernels compute in float32, bfloat16 or float16")
@@ -62,7 +63,7 @@ def _check(x: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or not launch.raised(x.device)[0]:
         return
-    if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not capturing(x.device):
         launch.raised(x.device)[0] = 0
         raise NonFiniteError(MESSAGE.format("some tokens"))
 
