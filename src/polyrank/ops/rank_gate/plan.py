@@ -66,7 +66,8 @@ class Part:
         width: how many it has.
         whole: whether it is the only member.
         silent: ranks without a column of B.
-        scale: what is left of the update's scale where B is packed.
+        packed: the scale that B is packed with.
+        scale: what is left of the update's scale then.
         write: the kernel of the update; there is none where it `folds`.
         folds: whether its output is one sum of base product and update.
         wide: dtype of h.
@@ -77,7 +78,8 @@ class Part:
         base, bias, A, rows, B, _, balance, _ = found
         self.plan, self.i, self.first, self.start = plan, i, i * WIDTH, start
         self.m = m = plan.call.members[i]
-        self.scale = m.scale
+        self.packed = _packed_scale(m, plan.dtype)
+        self.scale = 1.0 if plan.call.packs and self.packed == m.scale else m.scale
         self.r, self.n, self.r_B = A.shape[0], B.shape[0], B.shape[1]
         self.width, self.whole = m.ranks(self.r), len(plan.call.members) == 1
         self.silent, self.biased = self.r - self.r_B, balance is not None
@@ -139,8 +141,7 @@ class Part:
         plan, m, call = self.plan, self.m, self.plan.call
         strides = (A.stride(0), rows.stride(0), B.stride(0))
         if call.packs:
-            packed = _packed_scale(m, plan.dtype)
-            self.pack = launch.pack(m, plan.d, self.n, self.r, self.r_B, strides, packed)
+            self.pack = launch.pack(m, plan.d, self.n, self.r, self.r_B, strides, self.packed)
             strides = (plan.d, plan.d, self.r_B)
         self.read = launch.read(
             m, plan.T, plan.d, self.r, (plan.sx, strides[0], strides[1], self.r), plan.dtype,
@@ -149,8 +150,6 @@ class Part:
         )  # fmt: skip
         row = self.n if base is None or call.owned else _row(base)
         out = row if call.inplace else self.n
-        if call.packs and _packed_scale(m, plan.dtype) == m.scale:
-            self.scale = 1.0
         if self.folds:
             return
         self.write = launch.write(
